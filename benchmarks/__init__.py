@@ -1,0 +1,1 @@
+"""Numbers with their conditions: every table ends in one JSON line."""

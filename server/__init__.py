@@ -1,0 +1,1 @@
+"""Who asks, when it runs, and what they get."""

@@ -1,0 +1,1 @@
+"""When it runs: requests, pages, steps."""
