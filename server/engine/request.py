@@ -75,3 +75,31 @@ class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
     # with the first event, when asked for: (logprob, rank, best rivals); the first token has none
     beam_rows: int = 0  # rows computed for beams, with the last event
     tree: bytes = b""  # a step of the beam tree, JSON, when asked for
+
+
+class Stats(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The engine in numbers: what is now, then what has been since it started."""
+
+    waiting: int = 0  # requests in the queue
+    running: int = 0  # requests with at least one step behind them, not finished
+    pages: int = 0  # all there are = live + cached + free
+    page_size: int = 0  # tokens
+    live: int = 0  # pages that a running request reads
+    cached: int = 0  # pages that nobody reads, kept for the next equal prefix
+    free: int = 0
+
+    steps: int = 0
+    step_tokens: int = 0  # computed by those steps
+    prompt_tokens: int = 0  # of accepted requests, once each
+    output_tokens: int = 0  # sampled and given out
+    cache_queries: int = 0  # prompt tokens looked up in the prefix cache …
+    cache_hits: int = 0  # … and found there
+    drafted: int = 0  # tokens guessed ahead …
+    accepted: int = 0  # … and right
+    preemptions: int = 0
+    recomputed: int = 0  # tokens computed again after preemption or a failed step
+    retries: int = 0  # steps that raised and were tried again
+    nan_rows: int = 0
+    finished: dict[str, int] = {}  # by the last branch's finish: stop, length, cancelled, error
+    aborted: dict[str, int] = {}  # cancelled or failed, by where it was: queue, prefill, decode
+    rejected: dict[str, int] = {}  # refused at the door, by the error's code
