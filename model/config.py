@@ -25,7 +25,7 @@ class Rope:
     beta_fast: float = 32.0  # yarn: rotations above which a channel is kept
     beta_slow: float = 1.0  # yarn: rotations below which a channel is divided
     truncate: bool = True  # yarn: round the channels found with the betas
-    attention_factor: float = 1.0  # yarn, longrope: multiplies cos and sin
+    attention_factor: float = 1.0  # multiplies cos and sin
     short_factors: tuple[float, ...] = ()  # longrope: a divisor a channel, within trained_context
     long_factors: tuple[float, ...] = ()  # longrope: the same, beyond it
 
@@ -65,7 +65,6 @@ class ModelConfig:
 
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    norm_offset: float = 0.0  # Gemma stores weight − 1
     norm_bias: bool = False
     norms: Norms = "pre"  # before a branch, after the sum, on its output, before and on output
     final_norm: bool = True
@@ -74,10 +73,11 @@ class ModelConfig:
     shared_norm: bool = False  # parallel: … and the same norm of it
     qk_norm: QKNorm = "none"  # one weight for all heads, one a head, over all heads at once
     qk_norm_kind: Literal["rms", "layer"] = "rms"
-    qk_norm_after_rope: bool = False
+    qk_norm_bias: bool = False
 
     positions: Positions = "none"
     position_offset: int = 0  # OPT's table begins two rows late
+    alibi_scale: float = 1.0  # Falcon divides its slopes with q·k
     ropes: tuple[Rope | None, ...] = ()  # a layer; empty: no layer turns
     windows: tuple[int, ...] = ()  # a layer sees this many last positions, itself included; 0: all
     sinks: bool = False  # a learned logit a head in the softmax's denominator

@@ -1,0 +1,60 @@
+"""Keys and values in pages, and which rows read which: what a step's attention stands on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+PAGE = 16  # tokens of a page, unless told otherwise
+
+
+@dataclass(slots=True)
+class Rows:
+    """A step's rows on the device. Without pages a row attends to its own tokens only."""
+
+    positions: Tensor  # [tokens] int64
+    starts: Tensor  # [rows + 1] int32, where each row's tokens begin
+    longest_query: int  # tokens of the longest row in this step …
+    longest_context: int  # … and with what it has in pages
+    lengths: Tensor | None = None  # [rows] int32, context with this step's tokens
+    page_table: Tensor | None = None  # [rows, widest] int32
+    slots: Tensor | None = None  # [tokens] int64: page · page size + offset, where each token goes
+
+    @staticmethod
+    def alone(counts: list[int], device: torch.device | str = "cpu") -> "Rows":
+        """Whole texts of these many tokens, one after another, nothing in pages."""
+        edges = [0]
+        for count in counts:
+            edges.append(edges[-1] + count)
+        return Rows(
+            positions=torch.cat([torch.arange(count) for count in counts]).to(device),
+            starts=torch.tensor(edges, dtype=torch.int32, device=device),
+            longest_query=max(counts),
+            longest_context=max(counts),
+        )
+
+
+class Cache:
+    """Every layer's pages in one tensor, so that one launch can copy a page of all layers."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        pages: int,
+        page_size: int = PAGE,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (config.layers, 2, pages, config.kv_heads, page_size, config.head_dim)
+        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.page_size = page_size
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [pages, kv_heads, page_size, head_dim]."""
+        return self.pages[index, 0], self.pages[index, 1]
+
+    @staticmethod
+    def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
+        return config.layers * 2 * config.kv_heads * page_size * config.head_dim * dtype.itemsize
