@@ -29,7 +29,8 @@ class KvistError(Exception):
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
+        cut = message[: MESSAGE_LIMIT - 1] + "…"
+        self.message = message if len(message) <= MESSAGE_LIMIT else cut
         self.param = param
 
 
