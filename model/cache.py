@@ -8,6 +8,7 @@ from torch import Tensor
 from model.config import ModelConfig
 
 PAGE = 16  # tokens of a page, unless told otherwise
+NOTHING = torch.empty(0, dtype=torch.int32)
 
 
 @dataclass(slots=True)
@@ -18,9 +19,9 @@ class Rows:
     starts: Tensor  # [rows + 1] int32, where each row's tokens begin
     longest_query: int  # tokens of the longest row in this step …
     longest_context: int  # … and with what it has in pages
-    lengths: Tensor | None = None  # [rows] int32, context with this step's tokens
-    page_table: Tensor | None = None  # [rows, widest] int32
-    slots: Tensor | None = None  # [tokens] int64: page · page size + offset, where each token goes
+    lengths: Tensor = NOTHING  # [rows] int32, context with this step's tokens
+    page_table: Tensor = NOTHING  # [rows, widest] int32
+    slots: Tensor = NOTHING  # [tokens] int64: page · page size + offset, where each token goes
 
     @staticmethod
     def alone(counts: list[int], device: torch.device | str = "cpu") -> "Rows":

@@ -10,6 +10,7 @@ Shapes: tokens of all rows lie one after another, [tokens, hidden]; a step needs
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -95,62 +96,79 @@ class Attention(nn.Module):
             shape = shapes[config.qk_norm]
             self.q_norm = Norm(config, *shape(heads), kind=kind, bias=bias)
             self.k_norm = Norm(config, *shape(kv_heads), kind=kind, bias=bias)
+        # The one kind that `store` norms itself, on the way to the pages.
+        self.fused = config.qk_norm == "head" and config.qk_norm_kind == "rms"
 
     def forward(
         self, x: Tensor, rows: Rows, cache: Cache | None, place: "Places", see: Watch
     ) -> Tensor:
         """[tokens, hidden] -> [tokens, hidden]"""
-        config, index = self.config, self.index
         query, key, value = (
-            see(name, index, part.unflatten(-1, (-1, config.head_dim)))
+            see(name, self.index, part.unflatten(-1, (-1, self.config.head_dim)))
             for name, part in zip(("query", "key", "value"), self.qkv(x).split(self.shares, -1))
         )
-        fused = self.q_norm is not None and config.qk_norm == "head" and self.q_norm.rms
-        if self.q_norm is not None and self.k_norm is not None and not (fused and cache):
+        if self.q_norm is not None and self.k_norm is not None and not (self.fused and cache):
             query, key = self._norm(self.q_norm, query), self._norm(self.k_norm, key)
-        table = place.table(self.rope)
-        turned = self.rope is not None and self.rope.interleaved
-        how = {
-            "scale": config.scale,
-            "window": config.window(index),
-            "softcap": config.attention_softcap,
-            "sinks": self.sinks,
-            "slopes": place.slopes,
-        }
-        if cache is None:
-            if table is not None:
-                query = rotate(query, table, rows.positions, turned)
-                key = rotate(key, table, rows.positions, turned)
-            found = dense_attention(query, key, value, starts=rows.starts, **how)
-        else:
-            assert rows.slots is not None
-            keys, values = cache.layer(index)
-            query = store(
-                query,
-                key,
-                value,
-                keys,
-                values,
-                rows.slots,
-                table=table,
-                at=rows.positions,
-                interleaved=turned,
-                query_norm=self.q_norm.weight if fused else None,
-                key_norm=self.k_norm.weight if fused else None,
-                eps=config.norm_eps,
-            )
-            found = attention(
-                query,
-                keys,
-                values,
-                starts=rows.starts,
-                lengths=rows.lengths,
-                page_table=rows.page_table,
-                longest_query=rows.longest_query,
-                longest_context=rows.longest_context,
-                **how,
-            )
-        return self.out(see("attention", index, found).flatten(1))
+        attend = self._within if cache is None else partial(self._paged, cache)
+        found = see("attention", self.index, attend(query, key, value, rows, place))
+        return self.out(found.flatten(1))
+
+    def _within(
+        self, query: Tensor, key: Tensor, value: Tensor, rows: Rows, place: "Places"
+    ) -> Tensor:
+        """Attention over this step's own tokens: training and explanations, with gradients."""
+        config = self.config
+        if self.rope is not None:
+            table, turned = place.table(self.rope), self.rope.interleaved
+            query = rotate(query, table, rows.positions, turned)
+            key = rotate(key, table, rows.positions, turned)
+        return dense_attention(
+            query,
+            key,
+            value,
+            starts=rows.starts,
+            scale=config.scale,
+            window=config.window(self.index),
+            softcap=config.attention_softcap,
+            sinks=self.sinks,
+            slopes=place.slopes,
+        )
+
+    def _paged(
+        self, cache: Cache, query: Tensor, key: Tensor, value: Tensor, rows: Rows, place: "Places"
+    ) -> Tensor:
+        """Attention over pages, after this step's keys and values are written there."""
+        config, rope = self.config, self.rope
+        keys, values = cache.layer(self.index)
+        query = store(
+            query,
+            key,
+            value,
+            keys,
+            values,
+            rows.slots,
+            table=None if rope is None else place.table(rope),
+            at=rows.positions,
+            interleaved=rope is not None and rope.interleaved,
+            query_norm=self.q_norm.weight if self.fused and self.q_norm else None,
+            key_norm=self.k_norm.weight if self.fused and self.k_norm else None,
+            eps=config.norm_eps,
+        )
+        return attention(
+            query,
+            keys,
+            values,
+            starts=rows.starts,
+            lengths=rows.lengths,
+            page_table=rows.page_table,
+            scale=config.scale,
+            longest_query=rows.longest_query,
+            longest_context=rows.longest_context,
+            window=config.window(self.index),
+            softcap=config.attention_softcap,
+            sinks=self.sinks,
+            slopes=place.slopes,
+        )
 
     def _norm(self, norm: Norm, x: Tensor) -> Tensor:
         return norm(x.flatten(1)).view_as(x) if self.config.qk_norm == "full" else norm(x)
@@ -235,7 +253,10 @@ class Layer(nn.Module):
             if config.has_experts(index)
             else MLP(config, index, config.feed_forward)
         )
-        norm = lambda: Norm(config, config.hidden, bias=config.norm_bias)  # noqa: E731
+
+        def norm() -> Norm:
+            return Norm(config, config.hidden, bias=config.norm_bias)
+
         before, after = config.norms != "output", config.norms in ("output", "both")
         self.attention_norm = norm() if before else None
         self.mlp_norm = norm() if before and not config.shared_norm else None
@@ -302,11 +323,13 @@ class Places(nn.Module):
             slopes = alibi_slopes(config.heads) * config.alibi_scale
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def table(self, rope: Rope | None) -> Tensor | None:
-        return None if rope is None else self.get_buffer(f"rope{self.kinds.index(rope)}")
+    def table(self, rope: Rope) -> Tensor:
+        return self.get_buffer(f"rope{self.kinds.index(rope)}")
 
 
 class Decoder(nn.Module):
+    waves: Tensor | None
+
     def __init__(self, config: ModelConfig, context: int = 0) -> None:
         """`context` is the longest text that will be served; the model's own by default."""
         super().__init__()
@@ -316,19 +339,19 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocabulary, width)
         self.project_in = Linear(width, config.hidden, False) if config.embed_dim else None
         self.project_out = Linear(config.hidden, width, False) if config.embed_dim else None
-        waves = config.positions.startswith("sinusoidal")
         size = config.context + config.position_offset
+        waves = None
+        if config.positions.startswith("sinusoidal"):
+            interleaved = config.positions == "sinusoidal_interleaved"
+            waves = sinusoid_table(size, config.hidden, interleaved)
         self.positions = (
             nn.Embedding(size, config.hidden) if config.positions == "learned" else None
         )
-        self.register_buffer(
-            "waves",
-            sinusoid_table(size, config.hidden, config.positions == "sinusoidal_interleaved")
-            if waves
-            else None,
-            persistent=False,
-        )
-        norm = lambda: Norm(config, config.hidden, bias=config.norm_bias)  # noqa: E731
+        self.register_buffer("waves", waves, persistent=False)
+
+        def norm() -> Norm:
+            return Norm(config, config.hidden, bias=config.norm_bias)
+
         self.embed_norm = norm() if config.embed_norm else None
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.norm = norm() if config.final_norm else None

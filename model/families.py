@@ -18,7 +18,7 @@ from torch import Tensor
 
 from model.config import Activation, Experts, ModelConfig, Rope
 
-Json = Mapping[str, Any]
+Json = dict[str, Any]
 Change = Callable[[Tensor, ModelConfig], Tensor]
 
 
@@ -100,7 +100,7 @@ def _rows(word: str, name: str, config: ModelConfig) -> slice | None:
 def _heads_apart(tensor: Tensor, config: ModelConfig) -> Tensor:
     """Fused [groups · (queries… key value) · dim, …] -> all queries, all keys, all values."""
     group = config.heads // config.kv_heads
-    parts = tensor.unflatten(0, (config.kv_heads, group + 2, config.head_dim))
+    parts = tensor.view(config.kv_heads, group + 2, config.head_dim, *tensor.shape[1:])
     query, key, value = parts.split((group, 1, 1), 1)
     return torch.cat([part.flatten(0, 2) for part in (query, key, value)])
 
@@ -183,11 +183,10 @@ def rope(h: Json, kind: str = "", dim: int = 0, **given: Any) -> Rope:
     p = p.get(kind, p)
     scaling = p.get("rope_type") or p.get("type") or "default"
     partial_factor = p.get("partial_rotary_factor", h.get("partial_rotary_factor") or 1.0)
-    theta = p.get("rope_theta", h.get("rope_theta") or given.pop("theta", 10_000.0))
-    made: dict[str, Any] = {
+    theta = p.get("rope_theta") or h.get("rope_theta") or given.get("theta") or 10_000.0
+    made: dict[str, Any] = given | {
         "theta": float(theta),
         "dim": dim or int(base["head_dim"] * partial_factor),
-        **given,
     }
     if scaling == "default":
         return Rope(**made)

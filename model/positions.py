@@ -12,7 +12,7 @@ def inverse_frequencies(rope: Rope, context: int) -> Tensor:
     """[dim / 2] radians a position. What grows with the text in the papers (dynamic, longrope)
     is fixed here by the context served, so that keys in pages stay valid while a text grows."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
-    plain = 1.0 / rope.theta**exponents
+    plain: Tensor = 1.0 / rope.theta**exponents
     trained = rope.trained_context or context
     match rope.scaling:
         case "none":
@@ -22,15 +22,15 @@ def inverse_frequencies(rope: Rope, context: int) -> Tensor:
         case "dynamic":
             reach = max(context, trained)
             stretch = rope.factor * reach / trained - (rope.factor - 1)
-            theta = rope.theta * stretch ** (rope.dim / (rope.dim - 2))
-            return 1.0 / theta**exponents
+            theta = stretch ** (rope.dim / (rope.dim - 2)) * rope.theta
+            return plain * (rope.theta / theta) ** exponents
         case "llama3":
             return _llama3(rope, plain)
         case "yarn":
             return _yarn(rope, plain)
         case "longrope":
             factors = rope.long_factors if context > trained else rope.short_factors
-            return 1.0 / (torch.tensor(factors) * rope.theta**exponents)
+            return plain / torch.tensor(factors)
 
 
 def _llama3(rope: Rope, plain: Tensor) -> Tensor:
