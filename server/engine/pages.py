@@ -1,0 +1,175 @@
+"""Who reads which page: reference counts, the prefix index, eviction. Integers only.
+
+A page is in one of three states, and the three numbers add up to all there are:
+
+    free     nobody reads it, nothing worth keeping is in it
+    cached   nobody reads it, but it is published: the next equal prefix finds it
+    live     somebody reads it, or did when a step that is still in flight was launched
+
+A full page is published under a digest of everything that decides its contents: the digest of the
+page before it (so the whole prefix, down to the salt at its root) and its own tokens. SHA-256, so
+that nobody can make two prefixes meet. What is published never changes.
+
+Pages dropped while steps are in flight stay live until the newest of those has ended, because it
+may still write them. Who calls this keeps two rules: publish only what an ended step has written,
+and write only pages that are `own`.
+"""
+
+from collections.abc import Iterable
+from hashlib import sha256
+from struct import pack
+
+
+def root(salt: str) -> bytes:
+    """Where the chain of a prompt under this salt begins."""
+    return sha256(salt.encode("utf-8", "surrogatepass")).digest()
+
+
+def link(parent: bytes, tokens: list[int]) -> bytes:
+    """The digest of a full page that follows the page, or the root, `parent`."""
+    return sha256(parent + pack(f"<{len(tokens)}i", *tokens)).digest()
+
+
+class Pages:
+    """Hands out page numbers 0 … count-1. Every call costs O(1) a page."""
+
+    def __init__(self, count: int, size: int, *, caching: bool = True) -> None:
+        if count < 1 or size < 1:
+            raise ValueError(f"{count} pages of {size} tokens: both must be at least 1")
+        self.count, self.size, self.caching = count, size, caching
+        self._references = [0] * count
+        self._free = list(range(count - 1, -1, -1))
+        self._idle: dict[int, None] = {}  # cached pages, the longest unused first
+        self._digest: list[bytes | None] = [None] * count  # under which a page is published
+        self._index: dict[bytes, int] = {}  # and the way back
+        self._limbo: list[dict[int, None]] = []  # a step in flight: what was dropped since
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        return len(self._idle)
+
+    @property
+    def live(self) -> int:
+        return self.count - self.free - self.cached
+
+    @property
+    def available(self) -> int:
+        """How many `take` can give."""
+        return len(self._free) + len(self._idle)
+
+    def take(self) -> int:
+        """A page of one's own, evicting the longest unused cached one if none is free."""
+        if self._free:
+            page = self._free.pop()
+        else:
+            page = self._oldest()
+            del self._idle[page]
+            self._unpublish(page)
+        self._references[page] = 1
+        return page
+
+    def _oldest(self) -> int:
+        return next(iter(self._idle))
+
+    def match(self, digests: Iterable[bytes]) -> list[int]:
+        """The pages of the longest published chain; they are pinned for the caller by this."""
+        found = []
+        for digest in digests:
+            page = self._index.get(digest)
+            if page is None:
+                break
+            self._pin(page)
+            found.append(page)
+        return found
+
+    def _pin(self, page: int) -> None:
+        if not self._references[page]:
+            self._idle.pop(page, None)
+            for dropped in self._limbo:
+                dropped.pop(page, None)
+        self._references[page] += 1
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more reader of pages that have one."""
+        for page in pages:
+            self._references[page] += 1
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """One reader fewer. Give a chain's end first: it is then also evicted first."""
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page]:
+                continue
+            if self._limbo:
+                self._limbo[-1][page] = None
+            else:
+                self._settle(page)
+
+    def _settle(self, page: int) -> None:
+        if self._digest[page] is None:
+            self._free.append(page)
+        else:
+            self._idle[page] = None
+
+    def own(self, page: int) -> bool:
+        """Whether the only reader may write it."""
+        return self._references[page] == 1 and self._digest[page] is None
+
+    def publish(self, page: int, digest: bytes) -> None:
+        """Let others find a full page. Of two with equal contents the first stays the known one."""
+        if self.caching and digest not in self._index and self._digest[page] is None:
+            self._index[digest] = page
+            self._digest[page] = digest
+
+    def _unpublish(self, page: int) -> None:
+        digest = self._digest[page]
+        if digest is not None:
+            del self._index[digest]
+            self._digest[page] = None
+
+    def forget(self, pages: Iterable[int]) -> None:
+        """Let nobody find these any more; who reads them goes on."""
+        for page in pages:
+            self._unpublish(page)
+            if page in self._idle:
+                del self._idle[page]
+                self._free.append(page)
+
+    def reset(self) -> None:
+        """Forget all prefixes."""
+        self.forget(list(self._index.values()))
+
+    def launched(self) -> None:
+        """A step went off: what is dropped from now on, it may still use."""
+        self._limbo.append({})
+
+    def ended(self) -> None:
+        """The oldest step in flight is over. What a younger one may use stays."""
+        for page in self._limbo.pop(0):
+            self._settle(page)
+
+    def check(self, tables: Iterable[Iterable[int]]) -> None:
+        """Raise unless the books are right, given the page tables of everyone who reads."""
+        count = [0] * self.count
+        for table in tables:
+            for page in table:
+                count[page] += 1
+        limbo = [page for dropped in self._limbo for page in dropped]
+        unread = [*self._free, *self._idle, *limbo]
+        wrong = [p for p in range(self.count) if count[p] != self._references[p]]
+        _hold(not wrong, f"pages {wrong[:8]} have other reference counts than readers")
+        _hold(len(unread) == len(set(unread)), "a page is free, cached or dropped twice")
+        _hold(set(unread) == {p for p in range(self.count) if not count[p]}, "a page is lost")
+        _hold(not any(self._digest[p] for p in self._free), "a free page is published")
+        _hold(all(self._digest[p] for p in self._idle), "a cached page is not published")
+        published = {d: p for p, d in enumerate(self._digest) if d is not None}
+        _hold(published == self._index, "the prefix index and the pages disagree")
+
+
+def _hold(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise RuntimeError(f"The page books are wrong: {sentence}.")
