@@ -34,6 +34,7 @@ class Seat:
     # (seed, branch, position)
     prompt: list[int]  # what penalties and bad words look back on; empty when nothing looks back
     output: list[int]
+    start: int = 0  # the prompt's length, always: where the first draw is, for min_tokens
 
 
 @dataclass(slots=True)
@@ -44,7 +45,8 @@ class Batch:
     starts: Ints  # [rows + 1] where each row's tokens begin
     lengths: Ints  # [rows] context after this step: tokens in pages before + tokens of this step
     page_table: Ints  # [rows, widest] pages in order; unused entries are 0
-    seats: Ints  # [rows] the seat that LAST_SAMPLE refers to, and whose history grows by the tokens
+    seats: Ints  # [rows] the seat that LAST_SAMPLE refers to; its history grows by the row's tokens
+    # at positions that it does not know yet (computing a prompt, or again, teaches it nothing)
 
     # What is wanted of the logits.
     sample_at: Ints  # [samples] index into tokens: the successor of this token is drawn
@@ -55,6 +57,7 @@ class Batch:
     beam_seat: Ints  # [beams] with this seat's penalties and masks
     beam_width: int = 0  # how many successors each of beam_at wants
     top: int = 0  # how many alternatives to list for samples and scores (the largest anyone wants)
+    logprobs: bool = True  # False: nobody wants log-probabilities of samples; Output has zeros
 
     copies: Ints = field(default_factory=lambda: np.zeros((0, 3), np.int32))
     # [copies, 3] from page, to page, slots: done before anything of this step is written
@@ -79,7 +82,8 @@ class Output:
     score_top_logprobs: Floats  # [scores, top]
     beam_tokens: Ints  # [beams, beam_width] best first; ties: the smaller id first
     beam_logprobs: Floats  # [beams, beam_width]
-    bad: Ints  # [rows] 1 where the row's logits were not numbers: that request fails, no other
+    bad: Ints  # [rows] 1 where the row's logits were not numbers: that request fails, no other;
+    # for a row that wants no logits, its last token's hidden state (its pages will be published)
 
 
 class Executor(Protocol):
