@@ -197,8 +197,10 @@ def rope(h: Json, kind: str = "", dim: int = 0, **given: Any) -> Rope:
     factor = float(p.get("factor") or context / (trained or context))
     made |= {"scaling": scaling, "factor": factor, "trained_context": trained or context}
     match scaling:
-        case "linear" | "dynamic":
+        case "linear":
             pass
+        case "dynamic":  # stretches beyond the config's own context, whatever came before
+            made["trained_context"] = context
         case "llama3":
             made |= {
                 "low_frequency": p["low_freq_factor"],
