@@ -1,0 +1,129 @@
+"""What the person who starts Kvist can decide, once: `Settings`, and its caps: `Limits`.
+
+A field here is a flag (`--queue-requests`), a variable (`KVIST_QUEUE_REQUESTS`) and a key of the
+settings file (`queue-requests`, in any or no table), with its help; `options.py` makes them.
+"""
+
+# ruff: noqa: RUF009 (`option` makes a field, as `field` does)
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+def option(default: Any, group: str, help: str, *also: str) -> Any:
+    """A field; `also` are flags of other servers that mean the same."""
+    return field(default=default, metadata={"group": group, "help": help, "also": also})
+
+
+def limit(default: Any, help: str) -> Any:
+    return option(default, "limits", help)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The caps, in one place. What is above them is refused before anything is done for it."""
+
+    body_bytes: int = limit(4 << 20, "largest request body")
+    header_bytes: int = limit(64 << 10, "largest sum of a request's headers")
+    headers: int = limit(100, "most headers of a request")
+    url_bytes: int = limit(8 << 10, "longest URL")
+    json_depth: int = limit(64, "deepest nesting of a body")
+    receive_timeout: float = limit(30.0, "seconds for a request to arrive whole")
+    idle_timeout: float = limit(30.0, "seconds that an unused connection stays open")
+    connections: int = limit(4096, "most open connections")
+
+    prompts: int = limit(128, "most prompts of a request")
+    n: int = limit(128, "most choices of a prompt")
+    branches: int = limit(1024, "largest product of prompts and choices or beams")
+    beam_width: int = limit(16, "widest beam search")
+    stop: int = limit(4, "most stop strings of a request")
+    stop_bytes: int = limit(256, "longest stop string")
+    stop_ids: int = limit(128, "most stop ids, and most bad words, of a request")
+    logprobs: int = limit(20, "most alternatives listed beside a token")
+    logit_bias: int = limit(1024, "most tokens with a bias")
+    messages: int = limit(4096, "most messages of a chat")
+
+    template_seconds: float = limit(1.0, "longest rendering of a chat template")
+    template_bytes: int = limit(1 << 20, "largest text that a chat template makes")
+    unread_events: int = limit(256, "most events that a client may lag behind")
+    unread_seconds: float = limit(30.0, "longest time that a client may read nothing")
+    request_timeout: float = limit(600.0, "seconds until a request fails, wherever it is")
+    queue_timeout: float = limit(300.0, "seconds that a request may wait for its first step")
+    queue_requests: int = limit(1024, "most requests in flight; above it, 429")
+    queue_factor: float = limit(4.0, "most tokens in flight, in multiples of the KV cache's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything else. Nothing changes it after the start; keys alone can be read again."""
+
+    model: str | None = option(None, "model", "a folder or hub name; nothing: the embedded model")
+    served_name: tuple[str, ...] = option(
+        (), "model", "the model's names in the API (the folder's name)", "--served-model-name"
+    )
+    tokenizer: Path | None = option(None, "model", "a folder, when it is not the model's")
+    chat_template: Path | None = option(None, "model", "a Jinja file, instead of the model's own")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "model", "precision of the weights and products"
+    )
+    quantize: Literal["none", "int8", "int4", "fp8"] = option(
+        "none", "model", "store the weights in fewer bits", "--quantization"
+    )
+    context: int | None = option(
+        None, "model", "longest prompt + answer, in tokens (the model's own)", "--max-model-len"
+    )
+
+    device: str = option("auto", "engine", "cuda, cuda:1, cpu; auto: a GPU when there is one")
+    kernels: Literal["auto", "triton", "reference"] = option(
+        "auto", "engine", "which way the kernels run; auto: the best that is proven here"
+    )
+    threads: int = option(0, "engine", "CPU threads; 0: one per core")
+    memory: float = option(
+        0.9, "engine", "share of the GPU's memory to use", "--gpu-memory-utilization"
+    )
+    pages: int | None = option(None, "engine", "KV pages, instead of as many as fit")
+    page_size: int = option(16, "engine", "tokens in a page", "--block-size")
+    kv_dtype: Literal["auto", "fp8", "int8"] = option(
+        "auto", "engine", "precision of cached keys and values", "--kv-cache-dtype"
+    )
+    rows: int = option(256, "engine", "most sequences in a step", "--max-num-seqs")
+    step_tokens: int = option(2048, "engine", "most tokens in a step", "--max-num-batched-tokens")
+    prefix_cache: bool = option(
+        True, "engine", "share pages between equal beginnings", "--enable-prefix-caching"
+    )
+    draft: int = option(0, "engine", "tokens guessed ahead from the text so far; 0: none")
+    deterministic: bool = option(
+        False, "engine", "logits that do not depend on who else is in the batch, bit for bit"
+    )
+
+    host: str = option("127.0.0.1", "http", "the address to listen on")
+    port: int = option(8000, "http", "the port to listen on; 0: any free one")
+    lenient: bool = option(False, "http", "warn of unknown request fields instead of refusing")
+    docs: bool | None = option(
+        None, "http", "serve /docs and the playground (on for a loopback address only)"
+    )
+
+    api_keys: Path | None = option(
+        None, "security", "a file with one key a line; SIGHUP reads it again"
+    )
+    open_metrics: bool = option(False, "security", "serve /metrics without a key")
+    allowed_hosts: tuple[str, ...] = option((), "security", "names that a Host header may say")
+    tls_cert: Path | None = option(None, "security", "certificate chain, PEM", "--ssl-certfile")
+    tls_key: Path | None = option(None, "security", "its private key, PEM", "--ssl-keyfile")
+
+    shutdown_timeout: float = option(
+        30.0, "life", "seconds that running requests get to finish after SIGTERM"
+    )
+    drain_lag: float = option(
+        0.0, "life", "seconds to keep listening after SIGTERM, so that balancers notice"
+    )
+    log: Literal["text", "json"] = option("text", "life", "how log lines look")
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "info", "life", "what is worth a line"
+    )
+    otlp_endpoint: str | None = option(
+        None, "life", "where to send OpenTelemetry traces (needs the otel extra)"
+    )
+
+    limits: Limits = field(default_factory=Limits)

@@ -1,0 +1,200 @@
+"""`Settings` from flags, then `KVIST_*` variables, then a settings file, then the defaults.
+
+Everything is read off the dataclass: a flag's name, type, choices, group and help. A name that
+is not known is an error wherever it stands: a setting with a typing error is not the default.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from server.config import Limits, Settings
+from server.errors import SettingError
+
+PREFIX = "KVIST_"
+CONFIG = "KVIST_CONFIG"
+GROUPS = {
+    "model": "what is served",
+    "engine": "how it is computed",
+    "http": "where it is asked",
+    "security": "who may ask",
+    "life": "start, stop, and what is told",
+    "limits": "what is refused",
+}
+WORDS = {"1": True, "true": True, "yes": True, "on": True}
+WORDS |= {"0": False, "false": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field, and how its value is read from text."""
+
+    name: str
+    kind: Any  # its type, without None
+    default: Any
+    group: str
+    help: str
+    also: tuple[str, ...]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def choices(self) -> tuple[str, ...] | None:
+        return get_args(self.kind) if get_origin(self.kind) is Literal else None
+
+    @property
+    def many(self) -> bool:
+        return get_origin(self.kind) is tuple
+
+    def read(self, value: Any, where: str) -> Any:
+        """The value of the field that this text, or this value of a TOML file, means."""
+        try:
+            return self._read(value)
+        except (ValueError, TypeError, KeyError):
+            wanted = " or ".join(self.choices or (_WANTED.get(self.kind, "text"),))
+            raise SettingError(f"{where} is {value!r}, but must be {wanted}.") from None
+
+    def _read(self, value: Any) -> Any:
+        if self.many:
+            listed = value.split(",") if isinstance(value, str) else value
+            return tuple(str(item).strip() for item in listed if str(item).strip())
+        if self.kind is bool:
+            return value if isinstance(value, bool) else WORDS[value.lower()]
+        if isinstance(value, bool) or (self.kind is int and isinstance(value, float)):
+            raise ValueError
+        if self.choices and value not in self.choices:
+            raise ValueError
+        return value if self.choices else self.kind(value)
+
+
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def options() -> Iterator[Option]:
+    """Every field of Settings and of its Limits."""
+    for kind in (Settings, Limits):
+        hints = get_type_hints(kind)
+        for one in dataclasses.fields(kind):
+            if one.name != "limits":
+                meta = one.metadata
+                inner = [x for x in get_args(hints[one.name]) if x is not NoneType]
+                optional = NoneType in get_args(hints[one.name])
+                bare = inner[0] if optional else hints[one.name]
+                yield Option(one.name, bare, one.default, meta["group"], meta["help"], meta["also"])
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All options, in their groups; an absent flag leaves no trace, so that the rest can speak."""
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_help("model"))
+    parser.add_argument("--config", metavar="FILE", help="a TOML file with any of these settings")
+    groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
+    for one in options():
+        if one.name == "model":
+            continue
+        shape: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": one.name}
+        if one.kind is bool:
+            shape["action"] = argparse.BooleanOptionalAction
+        elif one.choices:
+            shape["metavar"] = "|".join(one.choices)
+        else:
+            shape["metavar"] = "LIST" if one.many else getattr(one.kind, "__name__", "X").upper()
+        groups[one.group].add_argument(one.flag, help=_say(one), **shape)
+        for alias in one.also:
+            groups[one.group].add_argument(alias, **shape | {"help": argparse.SUPPRESS})
+
+
+def _help(name: str) -> str:
+    return next(one.help for one in options() if one.name == name)
+
+
+def _say(one: Option) -> str:
+    known = "" if one.default in (None, ()) else f" [{one.default}]"
+    return (one.help + known).replace("%", "%%")
+
+
+def settings(
+    flags: Mapping[str, Any], environ: Mapping[str, str], config: str | None = None
+) -> Settings:
+    """The settings that flags, variables and file make together."""
+    known = {one.name: one for one in options()}
+    values = dict(_from_file(config or environ.get(CONFIG), known))
+    values |= _from_variables(environ, known)
+    values |= {key: known[key].read(flags[key], known[key].flag) for key in flags if key in known}
+    names = {one.name for one in dataclasses.fields(Limits)}
+    limits = Limits(**{key: values.pop(key) for key in sorted(values) if key in names})
+    made = Settings(**values, limits=limits)
+    check(made)
+    return made
+
+
+def _from_variables(environ: Mapping[str, str], known: Mapping[str, Option]) -> dict[str, Any]:
+    found = {}
+    for name, value in environ.items():
+        if name.startswith(PREFIX) and name != CONFIG:
+            key = name[len(PREFIX) :].lower()
+            found[key] = _known(key, name, known).read(value, f"The variable {name}")
+    return found
+
+
+def _from_file(path: str | None, known: Mapping[str, Option]) -> dict[str, Any]:
+    if not path:
+        return {}
+    try:
+        tree = tomllib.loads(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingError(f"The settings file {path} cannot be read: {error}.") from None
+    flat = _flatten(tree)
+    return {
+        key: _known(key, name, known).read(value, f"{name!r} in {path}")
+        for name, value in flat.items()
+        for key in [name.replace("-", "_")]
+    }
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables are only for reading: `[limits] n = 4` is `n = 4`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= value if name in GROUPS and isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _known(key: str, said: str, known: Mapping[str, Option]) -> Option:
+    if key in known:
+        return known[key]
+    near = difflib.get_close_matches(key, known, 1)
+    raise SettingError(
+        f"There is no setting {said!r}" + (f"; did you mean {near[0]!r}?" if near else ".")
+    )
+
+
+def check(made: Settings) -> None:
+    """What no single value can say."""
+    for name, value in [*vars(made).items(), *vars(made.limits).items()]:
+        if isinstance(value, int | float) and value < 0:
+            raise SettingError(f"{name} is {value}, but must not be negative.")
+    for name in ("page_size", "rows", "step_tokens"):
+        if getattr(made, name) < 1:
+            raise SettingError(f"{name} is 0, but must be at least 1.")
+    if not 0 < made.memory <= 1:
+        raise SettingError(f"memory is {made.memory}, but is a share: above 0 and at most 1.")
+    if made.port > 65535:
+        raise SettingError(f"port is {made.port}, but the highest is 65535.")
+    if bool(made.tls_cert) != bool(made.tls_key):
+        raise SettingError("TLS needs both: a certificate (tls_cert) and its key (tls_key).")
+
+
+def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Settings from a command line alone, as tests and scripts want them."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser)
+    flags = vars(parser.parse_args(arguments))
+    return settings(flags, environ, flags.get("config"))
