@@ -23,18 +23,19 @@ score any more. Sums only fall, so a beam reaches sum / M^α at most (α > 0), o
         stable(rules, [search])        a node: its path begins the answer, whatever comes
     search.pool[:rules.n]              the answer, best first
 
-Nothing here changes in place: a search can be kept, compared, or resumed from. A node holds its
-parent, so what no beam stands on is freed by itself.
+Nothing here changes in place: a search can be kept, compared, or resumed from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, reduce
 from math import inf, isnan
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from server.engine.tree import Node, agree, child, meet, root
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -55,6 +56,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     exact_exit: bool = True
     falling: bool = True  # log-probabilities are <= 0; a positive bias breaks it, and every bound
     strings: bool = False  # stop strings end candidates too: look at some more
+    top: int = 0  # how many of a row's candidates a node remembers beside its own
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.width:
@@ -73,19 +75,6 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     def candidates(self) -> int:
         """How many a row suffice: beside each that goes on, at most |E| end."""
         return max(2, 1 + len(self.ends) + self.strings) * self.width
-
-
-class Node(msgspec.Struct, frozen=True, eq=False):
-    """A token of the tree."""
-
-    number: int
-    parent: "Node"  # the root's is None, and is never asked for
-    jump: "Node"  # an ancestor, chosen so that every other is O(log length) hops away
-    token: int
-    logprob: float
-    sum: float
-    length: int
-    rank: int  # of the token in its row: 1 is the likeliest
 
 
 class Ending(msgspec.Struct, frozen=True, eq=False):
@@ -116,14 +105,19 @@ class Step(NamedTuple):
     search: Search
     parents: list[int]  # of each new row, the old row that it continues
     tokens: list[int]  # of each new row, what it appends
-    admitted: list[Ending]  # new in the pool
-    evicted: list[Ending]  # no longer there
+
+
+class _Candidate(NamedTuple):
+    row: int
+    column: int
+    token: int
+    logprob: float
+    sum: float
 
 
 def begin() -> Search:
     """A search before its first step: one beam, the prompt."""
-    nothing = cast(Node, None)
-    return Search((Node(0, nothing, nothing, -1, 0.0, 0.0, 0, 0),))
+    return Search((root(),))
 
 
 def advance(
@@ -131,45 +125,48 @@ def advance(
     rules: Rules,
     tokens: Ints,
     logprobs: Floats,
+    *,
     strings: Strings | None = None,
+    penalty: Floats | None = None,
     noise: Floats | None = None,
 ) -> Step:
     """One step, from the best successors [beams, candidates] of every live beam, best first.
 
-    With `noise` [beams, candidates], Gumbel distributed, the candidates are drawn instead of
-    taken: they rank in the order of the draw, and the best sums among those drawn live on, which
-    is what transformers' do_sample does.
+    `penalty` [beams, candidates] is taken off the sums, not off the nodes' log-probabilities. With
+    `noise` [beams, candidates], Gumbel distributed, candidates are drawn instead of taken: they
+    rank in the order of the draw, and the best sums of those drawn live on, which is what
+    transformers' do_sample does.
     """
     if search.stop is not None:
         raise ValueError(f"the search has stopped ({search.stop}): nothing can be added")
-    sums = logprobs + np.array([[node.sum] for node in search.live], np.float32)
+    added = logprobs if penalty is None else logprobs - penalty
+    sums = added + np.array([[node.sum] for node in search.live], np.float32)
     order = _rank(search, rules, tokens, sums if noise is None else sums + noise)
-    drawn = order if noise is None else order[: rules.candidates]
-    enough = rules.width if noise is None else len(drawn)
-    going, ended = _select(search, rules, tokens, logprobs, sums, drawn, enough, strings)
-    going = sorted(going, key=lambda grown: -grown[0].sum)[: rules.width]
-    pool = sorted([*search.pool, *ended], key=lambda ending: -ending.score)[: rules.width]
-    live = tuple(node for node, _ in going)
+    if strings is None or noise is not None:  # else take more, as many as it needs
+        order = order[: rules.candidates]
+    enough = rules.width if noise is None else len(order)
+    going, ended = _part(search, rules, _listed(order, tokens, logprobs, sums), strings, enough)
+    going = sorted(going, key=lambda candidate: -candidate.sum)[: rules.width]
+    chosen = [*going, *(candidate for candidate, _ in ended)]
+    nodes = [_grow(search, rules, i, c, tokens, logprobs) for i, c in enumerate(chosen)]
+    live = tuple(nodes[: len(going)])
+    pool = _pooled(search, rules, nodes[len(going) :], [stop for _, stop in ended])
     return Step(
-        Search(live, tuple(pool), search.made + len(order), _stop(rules, live, pool)),
-        [row for _, row in going],
-        [node.token for node in live],
-        [ending for ending in ended if ending in pool],
-        [ending for ending in search.pool if ending not in pool],
+        Search(live, pool, search.made + len(nodes), _stop(rules, live, pool)),
+        [candidate.row for candidate in going],
+        [candidate.token for candidate in going],
     )
 
 
-def _rank(search: Search, rules: Rules, tokens: Ints, keys: Floats) -> list[int]:
+def _rank(search: Search, rules: Rules, tokens: Ints, keys: Floats) -> npt.NDArray[np.int64]:
     """The candidates as flat indices, best first; what is masked to -inf is none."""
     if search.length < rules.min_tokens:
         keys = np.where(np.isin(tokens, list(rules.ends)), np.float32(-inf), keys)
     falling = (-keys).ravel()
     order = np.lexsort((tokens.ravel(), _rows(*tokens.shape), falling))
     if isnan(falling[order[-1]]):  # they sort last
-        raise ValueError(
-            "a candidate's log-probability is not a number: the model's logits are bad"
-        )
-    return cast(list[int], order[: np.count_nonzero(falling < inf)].tolist())
+        raise ValueError("a candidate's log-probability is not a number: the logits were bad")
+    return order[: np.count_nonzero(falling < inf)]
 
 
 @lru_cache(maxsize=256)
@@ -177,47 +174,56 @@ def _rows(rows: int, columns: int) -> Ints:
     return np.repeat(np.arange(rows, dtype=np.int32), columns)
 
 
-def _select(
+def _listed(
+    order: npt.NDArray[np.int64], tokens: Ints, logprobs: Floats, sums: Floats
+) -> Iterator[_Candidate]:
+    rows, columns = np.divmod(order, tokens.shape[1])
+    fields = (rows, columns, tokens.ravel()[order], logprobs.ravel()[order], sums.ravel()[order])
+    return map(_Candidate._make, zip(*(field.tolist() for field in fields), strict=True))
+
+
+def _part(
     search: Search,
     rules: Rules,
-    tokens: Ints,
-    logprobs: Floats,
-    sums: Floats,
-    order: list[int],
-    enough: int,
+    ranked: Iterator[_Candidate],
     strings: Strings | None,
-) -> tuple[list[tuple[Node, int]], list[Ending]]:
-    """Who goes on, each with its old row, and who ended at a rank < width."""
-    ids, chances, totals = tokens.ravel().tolist(), logprobs.ravel().tolist(), sums.ravel().tolist()
-    going: list[tuple[Node, int]] = []
-    ended: list[Ending] = []
-    columns, last = tokens.shape[1], search.length + 1 == rules.limit
-    for rank, at in enumerate(order):
-        row, column = divmod(at, columns)
-        token = ids[at]
+    enough: int,
+) -> tuple[list[_Candidate], list[tuple[_Candidate, int | str | None]]]:
+    """Who goes on, and who ended early enough in the ranks to count, with what ended it."""
+    going: list[_Candidate] = []
+    ended: list[tuple[_Candidate, int | str | None]] = []
+    last = search.length + 1 == rules.limit
+    for rank, candidate in enumerate(ranked):
+        row, token = candidate.row, candidate.token
         stop = token if token in rules.ends else strings(row, token) if strings else None
-        goes_on = stop is None and not last
-        if goes_on or rank < rules.width:
-            number = search.made + rank
-            node = _grow(search.live[row], number, token, chances[at], totals[at], column + 1)
-            if goes_on:
-                going.append((node, row))
-            else:
-                ended.append(Ending(node, _score(node.sum, node.length, rules), stop))
+        if stop is None and not last:
+            going.append(candidate)
+        elif rank < rules.width:
+            ended.append((candidate, stop))
         if len(going) == enough or (last and rank + 1 == rules.width):
             break
     return going, ended
 
 
-def _grow(parent: Node, number: int, token: int, logprob: float, total: float, rank: int) -> Node:
-    near = parent.jump  # two equal hops in a row become one: Myers' skew-binary jump pointers
-    even = (
-        near is not None
-        and near.jump is not None
-        and (parent.length - near.length == near.length - near.jump.length)
-    )
-    jump = near.jump if even else parent
-    return Node(number, parent, jump, token, logprob, total, parent.length + 1, rank)
+def _grow(
+    search: Search, rules: Rules, i: int, new: _Candidate, tokens: Ints, logprobs: Floats
+) -> Node:
+    rivals: tuple[tuple[int, float], ...] = ()
+    if rules.top:
+        row = tokens[new.row, : rules.top].tolist(), logprobs[new.row, : rules.top].tolist()
+        rivals = tuple(zip(*row, strict=True))
+    parent, number = search.live[new.row], search.made + i
+    return child(parent, number, new.token, new.logprob, new.sum, new.column + 1, rivals)
+
+
+def _pooled(
+    search: Search, rules: Rules, nodes: Sequence[Node], stops: Sequence[int | str | None]
+) -> tuple[Ending, ...]:
+    """The best of the old and the new; of equals, the old."""
+    if not nodes:
+        return search.pool
+    new = (Ending(n, _score(n.sum, n.length, rules), s) for n, s in zip(nodes, stops, strict=True))
+    return tuple(sorted((*search.pool, *new), key=lambda e: -e.score)[: rules.width])
 
 
 def _score(total: float, length: int, rules: Rules) -> float:
@@ -266,41 +272,24 @@ def best(searches: Sequence[Search]) -> list[Ending]:
     return sorted(pooled, key=lambda ending: (-ending.score, ending.node.length))
 
 
-def stable(rules: Rules, searches: Sequence[Search]) -> Node:
-    """The deepest node that the best answer has, whatever the model says from here on.
+def stable(rules: Rules, searches: Sequence[Search], after: int = 0) -> Node | None:
+    """The deepest node that the best answer goes through, whatever the model says from here on.
 
     It is where these meet: the best finished hypothesis, and every live beam whose bound is above
-    its score. Both sets only shrink or grow longer, so the node only moves down: nothing that it
-    has covered is ever taken back. And each of them can still win, so no rule can promise more.
+    its score. At the next step each of them is itself or an extension of one of these, so the
+    node only moves down: a token once covered is never taken back. And as each can still win, no
+    rule can promise more. Diverse groups are trees of their own and meet where their tokens do;
+    the first `after` tokens are known to be equal.
     """
     finished = best(searches)[:1]
     score = finished[0].score if finished else -inf
-    able = [b for s in searches if s.stop is None for b in s.live if bound(rules, b) > score]
-    return reduce(meet, able + [ending.node for ending in finished])
+    contenders = [
+        _able(rules, search, score) + [e.node for e in finished if e in search.pool]
+        for search in searches
+    ]
+    meetings = [reduce(meet, nodes) for nodes in contenders if nodes]
+    return reduce(lambda one, other: agree(one, other, after), meetings) if meetings else None
 
 
-def meet(one: Node, other: Node) -> Node:
-    """Their deepest common ancestor, in O(log length)."""
-    if one.length < other.length:
-        one, other = other, one
-    one = ancestor(one, other.length)
-    while one is not other:
-        far = one.jump is not other.jump
-        one, other = (one.jump, other.jump) if far else (one.parent, other.parent)
-    return one
-
-
-def ancestor(node: Node, length: int) -> Node:
-    """The first `length` tokens of a node's path, as their last node."""
-    while node.length > length:
-        node = node.jump if node.jump.length >= length else node.parent
-    return node
-
-
-def path(node: Node, after: int = 0) -> list[Node]:
-    """The nodes that lead to this one, itself included, without the first `after`."""
-    nodes = []
-    while node.length > after:
-        nodes.append(node)
-        node = node.parent
-    return nodes[::-1]
+def _able(rules: Rules, search: Search, score: float) -> list[Node]:
+    return [] if search.stop else [node for node in search.live if bound(rules, node) > score]
