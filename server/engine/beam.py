@@ -35,7 +35,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.tree import Node, agree, child, meet, root
+from server.engine.tree import Node, agree, ancestor, child, meet, root
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -293,3 +293,12 @@ def stable(rules: Rules, searches: Sequence[Search], after: int = 0) -> Node | N
 
 def _able(rules: Rules, search: Search, score: float) -> list[Node]:
     return [] if search.stop else [node for node in search.live if bound(rules, node) > score]
+
+
+def force(search: Search, length: int) -> Search:
+    """What begins as the best beam does, for `length` tokens. The lag is bounded, the answer not
+    exact any more."""
+    node = ancestor(search.live[0], length)
+    live = tuple(beam for beam in search.live if ancestor(beam, length) is node)
+    pool = tuple(e for e in search.pool if ancestor(e.node, length) is node)
+    return Search(live, pool, search.made, search.stop)
