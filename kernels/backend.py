@@ -22,24 +22,26 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+
+class Absent:
+    """Stands in for `triton` and `tl` where Triton is not installed: anything at all."""
+
+    def __getattr__(self, name: str) -> "Absent":
+        return self
+
+    def __call__(self, *args: Any, **_: Any) -> Any:
+        return args[0] if args and callable(args[0]) else self
+
+
 try:
     import triton
     import triton.language as tl
-
-    HAS_TRITON = True
 except ImportError:  # kernels are still defined, and never run
-    HAS_TRITON = False
+    triton = tl = Absent()
 
-    class _Absent:
-        """Stands in for `triton` and `tl` where Triton is not installed: anything at all."""
+HAS_TRITON = not isinstance(triton, Absent)
 
-        def __getattr__(self, name: str) -> "_Absent":
-            return self
-
-        def __call__(self, *args: Any, **_: Any) -> Any:
-            return args[0] if args and callable(args[0]) else self
-
-    triton = tl = _Absent()
+__all__ = ["tl", "triton"]  # kernels import them from here; the rest is made here
 
 Way = Literal["triton", "native", "torch"]
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
@@ -93,6 +95,10 @@ class Probe:
     vocabulary: int = 1000
     page: int = 16
     page_dtype: torch.dtype | None = None  # of keys and values in pages; None: dtype
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    slopes: bool = False
 
     def random(self, *shape: int, seed: int = 0) -> Tensor:
         """Normally distributed, the same on every device."""

@@ -1,0 +1,51 @@
+"""Every shipped variant of every kernel, compiled for GPUs that need not be here."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from kernels import backend
+from kernels.backend import KERNELS, Probe, call, differs, pretend
+from tests.kernels.aot import DEVICES, compile_all, launches
+from tests.kernels.variants import CPU, variants
+
+for file in Path(kernels.__file__).parent.glob("*.py"):
+    import_module(f"kernels.{file.stem}")
+
+pytestmark = pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton is not installed here")
+CASES = [
+    pytest.param(name, i, arch, marks=[pytest.mark.slow] if i else [], id=f"{name}-{i}-sm{arch}")
+    for name in sorted(KERNELS)
+    for i in range(len(variants(name).probes))
+    for arch in variants(name).archs
+]
+
+
+@pytest.mark.parametrize(("name", "i", "arch"), CASES)
+def test_a_variant_compiles_within_its_means(name: str, i: int, arch: int) -> None:
+    rule = variants(name)
+    made = list(compile_all(launches(KERNELS[name], rule.probes[i], arch), arch))
+    assert made, f"{name} launched nothing on sm_{arch}: it fell back to its twin"
+    assert [fault for one in made for fault in one.faults(rule.copies, rule.narrow)] == []
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_no_kernel_falls_back_on_a_gpu(name: str) -> None:
+    for probe in variants(name).probes:
+        with pretend(DEVICES[90]) as kept:
+            for trial in KERNELS[name].trial(probe):
+                before = len(kept)
+                KERNELS[name](*trial.args, **trial.kwargs)
+                assert len(kept) > before, f"{name} launched nothing for {trial}"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_a_kernel_passes_its_own_trial(name: str) -> None:
+    kernel = KERNELS[name]
+    for trial in kernel.trial(Probe(CPU, torch.float16)):
+        ways = call(kernel.triton, trial), call(kernel.twin, trial)
+        assert differs(*ways, call(kernel.twin, trial, exactly=True)) == ""
