@@ -17,7 +17,7 @@ from kernels.topk import top_logprobs
 from model.batch import LAST_SAMPLE, Batch, Ints, Output
 from model.cache import Cache, Rows
 from model.decoder import Decoder
-from model.sampling import Seats
+from model.seats import Seats
 
 INTS = torch.int32
 FLOATS = {"logprobs", "top_logprobs", "score_logprobs", "score_top_logprobs", "beam_logprobs"}
@@ -42,15 +42,17 @@ class Runner:
         for seat in batch.taken:
             self.seats.take(seat)
         if len(batch.forks):
-            self.seats.fork(self._up(batch.forks))
+            self.seats.fork(batch.forks)
         if len(batch.copies):
             copy_pages(self.cache.pages, self._up(batch.copies))
-        rows = self._rows(batch)
-        tokens, owners = self._tokens(batch)
-        self.seats.feed(owners, tokens)
+        row, positions = _places(batch)
+        rows = self._rows(batch, row, positions)
+        owners = batch.seats[row]
+        tokens = self._tokens(batch, owners)
+        self.seats.feed(owners, tokens, positions)
         hidden = self.decoder(tokens, rows, self.cache)
-        found = self._sample(batch, hidden, rows) | self._score(batch, hidden)
-        found |= self._beams(batch, hidden, rows)
+        found = self._sample(batch, hidden, positions) | self._score(batch, hidden)
+        found |= self._beams(batch, hidden, positions)
         found["bad"] = hidden[rows.starts[1:].long() - 1].isnan().any(-1)
         return self._down(found)
 
@@ -60,43 +62,39 @@ class Runner:
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def _rows(self, batch: Batch) -> Rows:
-        """Positions and slots are computed here, for all tokens at once."""
-        counts = np.diff(batch.starts)
-        row = np.repeat(np.arange(len(counts)), counts)  # [tokens]
-        within = np.arange(len(batch.tokens)) - batch.starts[:-1][row]
-        positions = (batch.lengths - counts)[row] + within
+    def _rows(self, batch: Batch, row: Ints, positions: Ints) -> Rows:
+        """Slots are computed here, for all tokens at once."""
         size = self.cache.page_size
         pages = batch.page_table[row, positions // size].astype(np.int64)
         return Rows(
             positions=self._up(positions),
             starts=self._up(batch.starts),
-            longest_query=int(counts.max()),
+            longest_query=int(np.diff(batch.starts).max()),
             longest_context=int(batch.lengths.max()),
             lengths=self._up(batch.lengths),
             page_table=self._up(batch.page_table),
             slots=self._up(pages * size + positions % size),
         )
 
-    def _tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Ids [tokens], the unknown ones from where they were sampled, and each one's seat."""
-        owners = self._up(np.repeat(batch.seats, np.diff(batch.starts)).astype(np.int64))
+    def _tokens(self, batch: Batch, owners: Ints) -> Tensor:
+        """Ids [tokens], the unknown ones from where they were sampled."""
         tokens = self._up(batch.tokens).long()
         if (batch.tokens == LAST_SAMPLE).any():
-            tokens = torch.where(tokens < 0, self.last[owners], tokens)
-        return tokens, owners
+            tokens = torch.where(tokens < 0, self.last[self._up(owners).long()], tokens)
+        return tokens
 
-    def _sample(self, batch: Batch, hidden: Tensor, rows: Rows) -> dict[str, Tensor]:
+    def _sample(self, batch: Batch, hidden: Tensor, positions: Ints) -> dict[str, Tensor]:
         if not len(batch.sample_at):
             return {}
-        at, seats = self._up(batch.sample_at).long(), self._up(batch.sample_seat).long()
-        logits = self.decoder.logits(hidden[at])
-        tokens = self.seats.sample(logits, seats, rows.positions[at] + 1)
-        self.last[seats] = tokens
+        logits = self.decoder.logits(hidden[self._up(batch.sample_at).long()])
+        at = positions[batch.sample_at] + 1
+        tokens = self.seats.sample(logits, batch.sample_seat, at)
+        last = tokens.clamp(min=0)  # −1 is no id: nothing could be drawn
+        self.last[self._up(batch.sample_seat).long()] = last
         found = {"tokens": tokens}
         if batch.logprobs:
             names = ("top_logprobs", "top_tokens", "logprobs", "ranks")
-            found |= zip(names, top_logprobs(logits, batch.top, tokens), strict=True)
+            found |= zip(names, top_logprobs(logits, batch.top, last), strict=True)
         return found
 
     def _score(self, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
@@ -111,13 +109,13 @@ class Runner:
         names = ("score_top_logprobs", "score_top_tokens", "score_logprobs", "score_ranks")
         return {name: torch.cat(some) for name, some in zip(names, zip(*parts, strict=True))}
 
-    def _beams(self, batch: Batch, hidden: Tensor, rows: Rows) -> dict[str, Tensor]:
+    def _beams(self, batch: Batch, hidden: Tensor, positions: Ints) -> dict[str, Tensor]:
         """The best successors of each beam's row, after penalties and masks."""
         if not len(batch.beam_at):
             return {}
-        at, seats = self._up(batch.beam_at).long(), self._up(batch.beam_seat).long()
-        logits = self.decoder.logits(hidden[at])
-        best, tokens = self.seats.best(logits, seats, rows.positions[at] + 1, batch.beam_width)
+        logits = self.decoder.logits(hidden[self._up(batch.beam_at).long()])
+        at = positions[batch.beam_at] + 1
+        best, tokens = self.seats.best(logits, batch.beam_seat, at, batch.beam_width)
         return {"beam_tokens": tokens, "beam_logprobs": best}
 
     def _down(self, found: dict[str, Tensor]) -> Callable[[], Output]:
@@ -137,3 +135,11 @@ class Runner:
             return Output(**EMPTY | {name: tensor.numpy() for name, tensor in landed.items()})
 
         return wait
+
+
+def _places(batch: Batch) -> tuple[Ints, Ints]:
+    """Each token's row and its position there, [tokens] both."""
+    counts = np.diff(batch.starts)
+    row = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    within = np.arange(len(batch.tokens), dtype=np.int32) - batch.starts[:-1][row]
+    return row, (batch.lengths - counts)[row] + within
