@@ -1,0 +1,38 @@
+"""The application: routes, errors, and the door around them."""
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from server.api import admin, embeddings, generate, tokens
+from server.api.docs import describe
+from server.api.door import Door
+from server.api.front import Front
+from server.api.replies import on_http_error, on_kvist_error
+from server.errors import KvistError
+from server.version import VERSION
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def build(front: Front) -> ASGIApp:
+    """The ASGI application around what its routes share."""
+    shown = front.settings.docs
+    if shown is None:
+        shown = front.settings.host in LOOPBACK
+    app = FastAPI(
+        title="Kvist",
+        version=VERSION,
+        docs_url="/docs" if shown else None,
+        openapi_url="/openapi.json" if shown else None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.front = front
+    for routes in (generate, tokens, embeddings, admin):
+        app.include_router(routes.routes)
+    app.include_router(admin.keyed)
+    app.add_exception_handler(KvistError, on_kvist_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    describe(app)
+    return Door(app, front)

@@ -1,0 +1,96 @@
+"""The outermost layer: ids, hosts, the access log, and no failure leaves without being told."""
+
+import logging
+import re
+import time
+from typing import Any
+from uuid import uuid4
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.front import Front
+from server.api.replies import refusal
+from server.errors import KvistError, WrongHost
+
+ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+OPEN = ("/health/live", "/health/ready")  # probes name hosts as they like
+BROKEN = "Something broke in the server; its log knows more under this request's id."
+log = logging.getLogger("kvist.access")
+
+
+class Door:
+    def __init__(self, app: ASGIApp, front: Front) -> None:
+        self._app = app
+        self._front = front
+        self._hosts = {host.lower() for host in front.settings.allowed_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        state = scope.setdefault("state", {})
+        state["id"] = name = _id(scope)
+        status = 0  # until the answer begins
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
+            await send(message)
+
+        try:
+            self._check_host(scope)
+            await self._app(scope, receive, send_on)
+        except KvistError as error:
+            state["error"] = error
+            await refusal(error)(scope, receive, send_on)
+        except Exception as error:
+            state["error"] = error
+            log.exception("failed", extra={"kvist": {"request_id": name.decode()}})
+            if not status:
+                await refusal(KvistError(BROKEN))(scope, receive, send_on)
+        finally:
+            _tell(scope, state, status, time.monotonic() - began)
+
+    def _check_host(self, scope: Scope) -> None:
+        if not self._hosts or scope["path"] in OPEN:
+            return
+        said = [value for name, value in scope["headers"] if name == b"host"]
+        host = said[0].decode("latin-1").lower() if len(said) == 1 else ""
+        bare = re.sub(r":\d*$", "", host)
+        if bare not in self._hosts and host not in self._hosts:
+            raise WrongHost("This server does not answer to that Host.")
+
+
+def _id(scope: Scope) -> bytes:
+    """The client's id when it is harmless, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and ID.fullmatch(value):
+            return bytes(value)
+    return uuid4().hex.encode()
+
+
+def _tell(scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
+    """One line a request: never a prompt, never an answer."""
+    if not log.isEnabledFor(logging.INFO):
+        return
+    error, meter, answer = state.get("error"), state.get("meter"), state.get("answer")
+    told: dict[str, Any] = {
+        "request_id": state["id"].decode(),
+        "client": (scope.get("client") or ("",))[0],
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "duration_ms": round(seconds * 1000, 1),
+    }
+    if answer is not None:
+        usage = answer.usage
+        told |= {"model": answer.asked.served.name, "prompt_tokens": usage.prompt}
+        told |= {"completion_tokens": usage.completion}
+    if meter is not None and meter.first is not None:
+        told["ttft_ms"] = round((meter.first - meter.began) * 1000, 1)
+    if error is not None:
+        told["error"] = getattr(error, "code", type(error).__name__)
+    log.info("request", extra={"kvist": told})

@@ -1,0 +1,281 @@
+"""HTTP/1.1 below the application: what uvicorn leaves open, closed.
+
+- A request must arrive whole within a deadline, an unread answer is given up after another, and
+  the head of a request has a size: a client can hold a connection only as long as we say.
+- A message that two readers could understand differently (two lengths, a length and chunks, a
+  bare CR, two hosts) gets one 400 and the end of the connection.
+- These refusals are OpenAI's error objects too.
+- SIGTERM drains: not ready at once, no new connections, running answers finish until a timeout,
+  then each is told; the process ends with 0.
+"""
+
+import asyncio
+import logging
+import resource
+import socket
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any, ClassVar
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from server.api.front import Front
+from server.api.shapes import encode
+from server.config import Limits
+from server.errors import BadMessage, Busy, HeadersTooLarge, KvistError, TooSlow, UrlTooLong
+
+PIECE = 256 << 10  # the most that one read brings: a head's end may lie anywhere in it
+FAREWELL = 2.0  # seconds for the last error events to leave
+SPARE = 64  # file descriptors that are not connections
+log = logging.getLogger("kvist.listen")
+
+
+class Guarded(HttpToolsProtocol):
+    """One connection."""
+
+    limits: ClassVar[Limits] = Limits()
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._arrival: asyncio.TimerHandle | None = None  # a request is coming in
+        self._unread: asyncio.TimerHandle | None = None  # an answer is not going out
+        self._in_head = True
+        self._fed = 0  # bytes since the last head was complete
+        self._size = 0  # bytes of the headers of this request
+        self._wrong: KvistError | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arrival = self.loop.call_later(self.limits.idle_timeout, self._too_slow)
+        if len(self.connections) > allowed_connections(self.limits):
+            self._refuse(Busy("This server has as many connections as it takes."))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._arrival = _stop(self._arrival)
+        self._unread = _stop(self._unread)
+        super().connection_lost(exc)
+
+    # What comes in
+
+    def data_received(self, data: bytes) -> None:
+        if self._wrong is not None or self.transport.is_closing():
+            return
+        if self._in_head:
+            self._fed += len(data)
+            if self._fed > self.limits.header_bytes + self.limits.url_bytes + PIECE:
+                self._refuse(self._too_large())
+                return
+        if self._arrival is None and not self._answering:
+            self._arm()
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._fed, self._size = True, 0, 0
+        self._arm()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        if len(self.url) > self.limits.url_bytes:
+            self._raise(UrlTooLong(f"The URL is longer than {self.limits.url_bytes} bytes."))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._size += len(name) + len(value) + 4
+        if self._size > self.limits.header_bytes or len(self.headers) > self.limits.headers:
+            self._raise(self._too_large())
+
+    def on_headers_complete(self) -> None:
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            self._raise(BadMessage(f"The request has {hosts} Host headers, but must have one."))
+        self._in_head, self._fed = False, 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._fed += len(body)
+        if self._fed > 16 * self.limits.body_bytes:  # long refused, and still it comes
+            self.transport.abort()
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._arrival = _stop(self._arrival)
+        self._in_head, self._fed = True, 0
+        super().on_message_complete()
+
+    def _arm(self) -> None:
+        self._arrival = _stop(self._arrival)
+        self._arrival = self.loop.call_later(self.limits.receive_timeout, self._too_slow)
+
+    def _too_slow(self) -> None:
+        self._arrival = None
+        if self._answering:
+            return  # a pipelined request waits for us, not we for it
+        if self._in_head and self._fed == 0:
+            self._close()  # nothing was asked
+        else:
+            seconds = self.limits.receive_timeout
+            self._refuse(TooSlow(f"The request did not arrive within {seconds:g} seconds."))
+
+    def _too_large(self) -> KvistError:
+        most, size = self.limits.headers, self.limits.header_bytes
+        return HeadersTooLarge(f"There are more than {most} headers, or {size} bytes of them.")
+
+    # What is refused
+
+    @property
+    def _answering(self) -> bool:
+        """A request that came whole is being answered."""
+        return self.cycle is not None and not (self.cycle.response_complete or self.cycle.more_body)
+
+    def _raise(self, error: KvistError) -> None:
+        """Out of the parser's callback, to `send_400_response`."""
+        self._wrong = error
+        raise error
+
+    def send_400_response(self, msg: str) -> None:
+        wrong, self._wrong = self._wrong, None
+        self._refuse(wrong or BadMessage("This is not an HTTP/1.1 request as it must be."))
+
+    def _refuse(self, error: KvistError) -> None:
+        """One answer and the end; an answer under way goes out first, and is the last."""
+        self._wrong = error
+        self._arrival = _stop(self._arrival)
+        if self._answering:
+            self.cycle.keep_alive = False
+            self.pipeline.clear()
+            self.flow.pause_reading()
+            return
+        begun = self.cycle is not None and self.cycle.more_body and self.cycle.response_started
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if not begun:
+            self.transport.write(_raw(error))
+        self._close()
+
+    # What goes out
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._give_up_later()
+
+    def resume_writing(self) -> None:
+        self._unread = _stop(self._unread)
+        super().resume_writing()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._give_up_later()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+        self._give_up_later()
+
+    def _give_up_later(self) -> None:
+        """A client that reads nothing is not waited for."""
+        self._unread = _stop(self._unread)
+        self._unread = self.loop.call_later(self.limits.unread_seconds, self.transport.abort)
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
+def _raw(error: KvistError) -> bytes:
+    body = encode(error.body())
+    head = (
+        b"content-type: application/json\r\nconnection: close\r\n"
+        b"content-length: %d\r\n\r\n" % len(body)
+    )
+    return STATUS_LINE[error.status] + head + body
+
+
+def allowed_connections(limits: Limits) -> int:
+    """As many as asked for, as far as file descriptors go."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, min(limits.connections, soft - SPARE))
+
+
+class Server(uvicorn.Server):
+    """One front process: its sockets, its signals, its end."""
+
+    def __init__(self, config: uvicorn.Config, front: Front) -> None:
+        super().__init__(config)
+        self._front = front
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends; neither is raised again afterwards."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._front.draining = True
+        await self._wait(self._front.settings.drain_lag, lambda: False)
+        self._front.closed = True
+        for server in self.servers:
+            server.close()
+        for one in sockets or []:
+            one.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await self._wait(self._front.settings.shutdown_timeout, self._idle)
+        for task in list(self._front.running):
+            task.cancel()
+        self.force_exit = False
+        await self._wait(FAREWELL, self._idle)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    def _idle(self) -> bool:
+        return not self.server_state.tasks and not self.server_state.connections
+
+    async def _wait(self, seconds: float, enough: Any) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.force_exit and not enough():
+            await asyncio.sleep(0.02)
+
+
+def configure(app: Any, front: Front, **more: Any) -> Server:
+    """The server of this application, with the protocol that keeps its limits."""
+    settings = front.settings
+    protocol = type("Guarded", (Guarded,), {"limits": settings.limits})
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        proxy_headers=False,
+        backlog=2048,
+        timeout_keep_alive=int(settings.limits.idle_timeout) or 1,
+        ssl_certfile=settings.tls_cert and str(settings.tls_cert),
+        ssl_keyfile=settings.tls_key and str(settings.tls_key),
+        **more,
+    )
+    return Server(config, front)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """The listening socket, before anything slow is done; raises OSError when it is taken."""
+    found: Sequence[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, kind, protocol, _, address = found[0]
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(address)
+    made.listen(2048)
+    made.setblocking(False)
+    return made

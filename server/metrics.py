@@ -1,0 +1,239 @@
+"""What Prometheus reads: vLLM's names, so that existing dashboards work, OpenTelemetry's, and ours.
+
+No label comes from a client. What the engine counts is read from its stats at each scrape.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from server.engine.process import Health
+from server.engine.request import Event, Stats
+
+FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
+BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
+WHOLE = tuple(0.01 * 2**i for i in range(14))
+TOKENS = tuple(2**i for i in range(18))
+LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+Clock = Callable[[], float]
+LABELS = ("model_name", "engine")
+TELEMETRY = ("gen_ai_operation_name", "gen_ai_provider_name")
+
+HISTOGRAMS = {
+    "vllm:time_to_first_token_seconds": ("from the request's arrival to its first token", FIRST),
+    "vllm:inter_token_latency_seconds": ("between two tokens of a request", BETWEEN),
+    "vllm:request_time_per_output_token_seconds": ("a request's mean time a token", BETWEEN),
+    "vllm:e2e_request_latency_seconds": ("from arrival to the end", WHOLE),
+    "vllm:request_decode_time_seconds": ("from the first token to the last", WHOLE),
+    "vllm:request_prompt_tokens": ("tokens of a request's prompts", TOKENS),
+    "vllm:request_generation_tokens": ("tokens that a request got", TOKENS),
+    "vllm:request_params_n": ("choices asked for", (1, 2, 4, 8, 16, 32, 64, 128)),
+    "vllm:request_params_max_tokens": ("the most tokens asked for", TOKENS),
+}
+
+GEN_AI = {
+    "request_duration": ("from arrival to the end", WHOLE),
+    "time_to_first_token": ("from arrival to the first token", FIRST),
+    "time_per_output_token": ("a request's mean time a token", BETWEEN),
+}
+
+
+class Metrics:
+    def __init__(self, model: str, version: str) -> None:
+        self.registry = CollectorRegistry()
+        self._labels = (model, "0")
+        self._histograms = {name: self._histogram(name) for name in HISTOGRAMS}
+        self._finished = Counter(
+            "vllm:request_success",
+            "choices that ended well, by why",
+            [*LABELS, "finished_reason"],
+            registry=self.registry,
+        )
+        self._rejected = self._counter(
+            "requests_rejected", "refused, by the error's code", "reason"
+        )
+        self._aborted = self._counter("requests_aborted", "given up, by where", "where")
+        self.lag = Histogram(
+            "event_loop_lag_seconds",
+            "how late the event loop was",
+            buckets=LAG,
+            registry=self.registry,
+        )
+        self._gen_ai = {
+            name: Histogram(
+                f"gen_ai_server_{name}_seconds",
+                about,
+                TELEMETRY,
+                buckets=buckets,
+                registry=self.registry,
+            )
+            for name, about, buckets in (
+                ("request_duration", "from arrival to the end", WHOLE),
+                ("time_to_first_token", "from arrival to the first token", FIRST),
+                ("time_per_output_token", "a request's mean time a token", BETWEEN),
+            )
+        }
+        build = Gauge("build_info", "what runs here", ["version"], registry=self.registry)
+        build.labels(version).set(1)
+
+    def _histogram(self, name: str) -> Histogram:
+        about, buckets = HISTOGRAMS[name]
+        made = Histogram(name, about, LABELS, buckets=buckets, registry=self.registry)
+        return made.labels(*self._labels)
+
+    def _telemetry(self, name: str) -> Histogram:
+        about, buckets = GEN_AI[name]
+        name = f"gen_ai_server_{name}_seconds"
+        return Histogram(name, about, TELEMETRY, buckets=buckets, registry=self.registry)
+
+    def _counter(self, name: str, about: str, label: str) -> Counter:
+        return Counter(name, about, [label], registry=self.registry)
+
+    def watch(self, stats: Callable[[], Stats], health: Callable[[], Health]) -> None:
+        """From now on, tell of the engine too."""
+        self.registry.register(_Engine(self._labels, stats, health))
+
+    def rejected(self, code: str) -> None:
+        self._rejected.labels(code).inc()
+
+    def aborted(self, where: str) -> None:
+        self._aborted.labels(where).inc()
+
+    def finished(self, reason: str) -> None:
+        self._finished.labels(*self._labels, reason).inc()
+
+    def observe(self, name: str, value: float) -> None:
+        self._histograms[f"vllm:{name}"].observe(value)
+
+    def telemetry(self, name: str, operation: str, value: float) -> None:
+        self._gen_ai[name].labels(operation, "kvist").observe(value)
+
+    def page(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Meter:
+    """The times of one request, from arrival on."""
+
+    def __init__(
+        self, metrics: Metrics, operation: str, clock: Callable[[], float] = time.monotonic
+    ):
+        self._metrics = metrics
+        self._operation = operation
+        self._clock = clock
+        self.began = clock()
+        self.first: float | None = None
+        self._last = self.began
+        self.tokens = 0
+
+    def asked(self, prompt: int, n: int, tokens: int) -> None:
+        self._metrics.observe("request_prompt_tokens", prompt)
+        self._metrics.observe("request_params_n", n)
+        self._metrics.observe("request_params_max_tokens", tokens)
+
+    def event(self, event: Event) -> None:
+        count = sum(len(choice.tokens) for choice in event.choices)
+        for choice in event.choices:
+            if choice.finish:
+                self._metrics.finished(choice.finish)
+        if not count:
+            return
+        now = self._clock()
+        if self.first is None:
+            self.first = now
+            self._metrics.observe("time_to_first_token_seconds", now - self.began)
+            self._metrics.telemetry("time_to_first_token", self._operation, now - self.began)
+        else:
+            self._metrics.observe("inter_token_latency_seconds", now - self._last)
+        self._last = now
+        self.tokens += count
+
+    def end(self) -> None:
+        """The answer is complete."""
+        whole = self._clock() - self.began
+        self._metrics.observe("e2e_request_latency_seconds", whole)
+        self._metrics.telemetry("request_duration", self._operation, whole)
+        self._metrics.observe("request_generation_tokens", self.tokens)
+        if self.first is not None:
+            decode = self._last - self.first
+            each = decode / max(1, self.tokens - 1)
+            self._metrics.observe("request_decode_time_seconds", decode)
+            self._metrics.observe("request_time_per_output_token_seconds", each)
+            self._metrics.telemetry("time_per_output_token", self._operation, each)
+
+
+class _Engine:
+    """A Prometheus collector: the engine's own numbers, read when they are asked for."""
+
+    def __init__(
+        self, labels: tuple[str, str], stats: Callable[[], Stats], health: Callable[[], Health]
+    ) -> None:
+        self._labels = labels
+        self._stats = stats
+        self._health = health
+
+    def collect(self) -> Iterator[Metric]:
+        stats, health = self._stats(), self._health()
+        used = (stats.live / stats.pages) if stats.pages else 0.0
+        yield self._gauge("vllm:num_requests_running", "requests in the batch", stats.running)
+        yield self._gauge("vllm:num_requests_waiting", "requests in the queue", stats.waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "share of KV pages in use, 0 … 1", used)
+        for name, about, value in (
+            ("vllm:prompt_tokens", "prompt tokens of accepted requests", stats.prompt_tokens),
+            ("vllm:generation_tokens", "tokens generated", stats.output_tokens),
+            ("vllm:num_preemptions", "requests set back for want of pages", stats.preemptions),
+            ("vllm:prefix_cache_queries", "prompt tokens looked up", stats.cache_queries),
+            ("vllm:prefix_cache_hits", "prompt tokens found in pages", stats.cache_hits),
+            ("vllm:spec_decode_num_draft_tokens", "tokens guessed ahead", stats.drafted),
+            ("vllm:spec_decode_num_accepted_tokens", "guesses that were right", stats.accepted),
+        ):
+            yield self._many(CounterMetricFamily, name, about, [(self._labels, value)], LABELS)
+        yield from self._ours(stats, health)
+
+    def _ours(self, stats: Stats, health: Health) -> Iterator[Metric]:
+        yield self._gauge("vllm:engine_healthy", "1 when the engine can serve", health.ready)
+        states = [(("live",), stats.live), (("cached",), stats.cached), (("free",), stats.free)]
+        yield self._many(GaugeMetricFamily, "pages", "KV pages", states, ("state",))
+        about = "seconds since the engine's last sign of life"
+        yield self._one(GaugeMetricFamily, "engine_heartbeat_age_seconds", about, health.age)
+        for name, about, value in (
+            ("engine_restarts", "engines started after the first", health.restarts),
+            ("engine_steps", "runs of the model", stats.steps),
+            ("engine_step_tokens", "tokens computed by them", stats.step_tokens),
+            ("engine_recomputed_tokens", "tokens computed again", stats.recomputed),
+            ("engine_retries", "steps that raised and were tried again", stats.retries),
+            ("nan_rows", "rows whose logits were not numbers", stats.nan_rows),
+        ):
+            yield self._one(CounterMetricFamily, name, about, value)
+        info, names = (str(stats.page_size), str(stats.pages)), ("block_size", "num_gpu_blocks")
+        config = "vllm:cache_config_info"
+        yield self._many(GaugeMetricFamily, config, "the KV cache", [(info, 1)], names)
+        for name, about, label, counts in (
+            ("engine_requests_aborted", "cancelled or failed, by where", "where", stats.aborted),
+            ("engine_requests_rejected", "refused in the engine", "reason", stats.rejected),
+        ):
+            rows = [((word,), count) for word, count in sorted(counts.items())]
+            yield self._many(CounterMetricFamily, name, about, rows, (label,))
+
+    def _one(self, kind: Any, name: str, about: str, value: float) -> Metric:
+        return self._many(kind, name, about, [((), value)], ())
+
+    def _gauge(self, name: str, about: str, value: float) -> Metric:
+        return self._many(GaugeMetricFamily, name, about, [(self._labels, value)], LABELS)
+
+    def _many(
+        self,
+        kind: Any,
+        name: str,
+        about: str,
+        rows: Iterable[tuple[tuple[str, ...], float]],
+        labels: tuple[str, ...],
+    ) -> Metric:
+        family: Any = kind(name, about, labels=labels)
+        for values, value in rows:
+            family.add_metric(values, value)
+        metric: Metric = family
+        return metric
