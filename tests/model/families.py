@@ -74,6 +74,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-group-of-7": (
         "llama",
         {
+            "hidden_size": 70,
             "num_attention_heads": 7,
             "num_key_value_heads": 1,
             "head_dim": 96,
