@@ -14,7 +14,7 @@ import logging
 import resource
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, ClassVar
 
@@ -36,11 +36,12 @@ class Guarded(HttpToolsProtocol):
     """One connection."""
 
     limits: ClassVar[Limits] = Limits()
+    most: ClassVar[int] = 4096  # connections
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self._arrival: asyncio.TimerHandle | None = None  # a request is coming in
-        self._unread: asyncio.TimerHandle | None = None  # an answer is not going out
+        self._arrival = Timer(self.loop)  # a request is coming in
+        self._unread = Timer(self.loop)  # an answer is not going out
         self._in_head = True
         self._fed = 0  # bytes since the last head was complete
         self._size = 0  # bytes of the headers of this request
@@ -48,13 +49,13 @@ class Guarded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._arrival = self.loop.call_later(self.limits.idle_timeout, self._too_slow)
-        if len(self.connections) > allowed_connections(self.limits):
+        self._arrival.start(self.limits.idle_timeout, self._too_slow)
+        if len(self.connections) > self.most:
             self._refuse(Busy("This server has as many connections as it takes."))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._arrival = _stop(self._arrival)
-        self._unread = _stop(self._unread)
+        self._arrival.stop()
+        self._unread.stop()
         super().connection_lost(exc)
 
     # What comes in
@@ -67,7 +68,7 @@ class Guarded(HttpToolsProtocol):
             if self._fed > self.limits.header_bytes + self.limits.url_bytes + PIECE:
                 self._refuse(self._too_large())
                 return
-        if self._arrival is None and not self._answering:
+        if not self._arrival.runs and not self._answering:
             self._arm()
         super().data_received(data)
 
@@ -101,16 +102,14 @@ class Guarded(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._arrival = _stop(self._arrival)
+        self._arrival.stop()
         self._in_head, self._fed = True, 0
         super().on_message_complete()
 
     def _arm(self) -> None:
-        self._arrival = _stop(self._arrival)
-        self._arrival = self.loop.call_later(self.limits.receive_timeout, self._too_slow)
+        self._arrival.start(self.limits.receive_timeout, self._too_slow)
 
     def _too_slow(self) -> None:
-        self._arrival = None
         if self._answering:
             return  # a pipelined request waits for us, not we for it
         if self._in_head and self._fed == 0:
@@ -135,14 +134,14 @@ class Guarded(HttpToolsProtocol):
         self._wrong = error
         raise error
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
         wrong, self._wrong = self._wrong, None
         self._refuse(wrong or BadMessage("This is not an HTTP/1.1 request as it must be."))
 
     def _refuse(self, error: KvistError) -> None:
         """One answer and the end; an answer under way goes out first, and is the last."""
         self._wrong = error
-        self._arrival = _stop(self._arrival)
+        self._arrival.stop()
         if self._answering:
             self.cycle.keep_alive = False
             self.pipeline.clear()
@@ -163,7 +162,7 @@ class Guarded(HttpToolsProtocol):
         self._give_up_later()
 
     def resume_writing(self) -> None:
-        self._unread = _stop(self._unread)
+        self._unread.stop()
         super().resume_writing()
 
     def on_response_complete(self) -> None:
@@ -181,13 +180,32 @@ class Guarded(HttpToolsProtocol):
 
     def _give_up_later(self) -> None:
         """A client that reads nothing is not waited for."""
-        self._unread = _stop(self._unread)
-        self._unread = self.loop.call_later(self.limits.unread_seconds, self.transport.abort)
+        self._unread.start(self.limits.unread_seconds, self.transport.abort)
 
 
-def _stop(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+class Timer:
+    """Something to do later, unless it is put off or stopped."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._handle: asyncio.TimerHandle | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self._handle is not None
+
+    def start(self, seconds: float, then: Callable[[], None]) -> None:
+        self.stop()
+        self._handle = self._loop.call_later(seconds, self._ring, then)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+
+    def _ring(self, then: Callable[[], None]) -> None:
+        self._handle = None
+        then()
 
 
 def _raw(error: KvistError) -> bytes:
@@ -212,7 +230,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._front = front
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """The first signal drains, the second ends; neither is raised again afterwards."""
         self.force_exit = self.should_exit
         self.should_exit = True
@@ -238,7 +256,7 @@ class Server(uvicorn.Server):
     def _idle(self) -> bool:
         return not self.server_state.tasks and not self.server_state.connections
 
-    async def _wait(self, seconds: float, enough: Any) -> None:
+    async def _wait(self, seconds: float, enough: Callable[[], bool]) -> None:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not self.force_exit and not enough():
             await asyncio.sleep(0.02)
@@ -247,7 +265,8 @@ class Server(uvicorn.Server):
 def configure(app: Any, front: Front, **more: Any) -> Server:
     """The server of this application, with the protocol that keeps its limits."""
     settings = front.settings
-    protocol = type("Guarded", (Guarded,), {"limits": settings.limits})
+    own = {"limits": settings.limits, "most": allowed_connections(settings.limits)}
+    protocol = type("Guarded", (Guarded,), own)
     config = uvicorn.Config(
         app,
         host=settings.host,
