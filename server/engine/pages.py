@@ -86,6 +86,16 @@ class Pages:
             found.append(page)
         return found
 
+    def shared(self, digests: Iterable[bytes]) -> int:
+        """How many of these, from the first on, somebody reads: to match them uses up nothing."""
+        count = 0
+        for digest in digests:
+            page = self._index.get(digest)
+            if page is None or not self._references[page]:
+                break
+            count += 1
+        return count
+
     def _pin(self, page: int) -> None:
         if not self._references[page]:
             self._idle.pop(page, None)

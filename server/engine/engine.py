@@ -1,0 +1,94 @@
+"""Schedule, run, advance: nothing else touches the executor."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from model.batch import Batch, Executor, Output
+from server.engine.admission import Options
+from server.engine.pages import Pages
+from server.engine.request import Event, Request, Stats
+from server.engine.scheduler import Scheduler, wordless
+from server.engine.text import Text
+from server.errors import KvistError
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Requests in, events out, a step at a time."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        pages: Pages,
+        options: Options | None = None,
+        *,
+        text: Callable[[Request], Text] = wordless,
+        name: Callable[[int], str] = str,
+        clock: Callable[[], float] = time.monotonic,
+        info: dict[str, Any] | None = None,
+        answers: dict[str, Callable[..., Any]] | None = None,
+    ) -> None:
+        self.options = options or Options()
+        self.scheduler = Scheduler(pages, self.options, text, name, clock)
+        self.info = info or {}  # what it says of itself
+        self.answers = answers or {}  # what can be asked between two steps
+        self._executor = executor
+        self._flying: deque[Callable[[], Output]] = deque()
+
+    def submit(self, request: Request) -> None:
+        """Queue it; raises Refused or Busy."""
+        self.scheduler.submit(request)
+
+    def cancel(self, id: str, reason: KvistError | None = None) -> None:
+        self.scheduler.cancel(id, reason)
+
+    def step(self) -> list[Event]:
+        """One step further. An exception in it fails, or tries again, who was in it; no other."""
+        while len(self._flying) <= self.options.ahead:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                break
+            self._flying.append(self._launch(batch))
+        if not self._flying:
+            return self.scheduler.events()
+        try:
+            output = self._flying.popleft()()
+        except Exception as error:
+            log.exception("A step failed")
+            return self._give_up(error)
+        return self.scheduler.advance(output)
+
+    def _launch(self, batch: Batch) -> Callable[[], Output]:
+        try:
+            return self._executor.launch(batch)
+        except Exception as error:
+            return _raiser(error)
+
+    def _give_up(self, error: Exception) -> list[Event]:
+        """What was launched after a failed step computed on what that one left behind."""
+        for wait in self._flying:
+            try:
+                wait()
+            except Exception:
+                log.exception("A step failed after another")
+        self._flying.clear()
+        return self.scheduler.failed(type(error).__name__)
+
+    @property
+    def idle(self) -> bool:
+        return self.scheduler.idle
+
+    @property
+    def stats(self) -> Stats:
+        return self.scheduler.stats
+
+
+def _raiser(error: Exception) -> Callable[[], Output]:
+    def wait() -> Output:
+        raise error
+
+    return wait

@@ -1,0 +1,534 @@
+"""Who computes what in the next step, and what the last one meant.
+
+One rule for all rows: a branch has tokens still to compute. Decode is the case of one; chunks of
+prompts, branches that share a prompt, beams, drafts to verify, and computing again differ in
+numbers only, and share steps. A step is filled in this order until its token budget is spent:
+
+    decodes   branches that lack one token, oldest first. When there is no page left, the newest
+              group gives up all of its own and waits to be computed again. After the third time
+              it is pinned: it never gives way again, and comes in only beside pinned groups that
+              fit even at their worst. So everybody ends.
+    chunks    prompts, oldest first. They wait for pages, and take none away.
+    waiting   first come first served within a priority; the first one blocks those behind it.
+
+`schedule` may be called again before `advance` (one step ahead), unless what comes next depends
+on what the step in flight will find: beams, drafts, no page left. What then turns out to have
+ended has cost one row, whose sample nobody reads; its pages are free when that step is over.
+"""
+
+import time
+from bisect import insort
+from collections import deque
+from collections.abc import Callable
+
+from model.batch import Batch, Output, Seat
+from server.engine import admission
+from server.engine.admission import Options
+from server.engine.beam_group import BeamGroup, Grown
+from server.engine.drafts import Lookup
+from server.engine.group import Branch, Group
+from server.engine.lobby import Lobby
+from server.engine.outbox import Outbox
+from server.engine.pages import Pages
+from server.engine.reader import Reader
+from server.engine.request import Event, Finish, Request, Stats
+from server.engine.rows import Rows, Step, Table
+from server.engine.text import Silent, Text
+from server.errors import Duplicate, KvistError, NumericalError, StepFailed
+
+PREEMPTIONS = 3  # then a group is pinned
+ANY = 2**31 - 1  # ids, if nobody says how many there are
+
+
+def wordless(request: Request) -> Text:
+    """The text of an engine that has no tokenizer."""
+    return Text(Silent(), request.stop, request.include_stop)
+
+
+class Scheduler:
+    def __init__(
+        self,
+        pages: Pages,
+        options: Options,
+        text: Callable[[Request], Text] = wordless,
+        name: Callable[[int], str] = str,  # of a token, for those who watch beams
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pages, self.options = pages, options
+        self.running: list[Group] = []  # pinned ones first, then by age
+        self._text, self._name, self._clock = text, name, clock
+        self._lobby = Lobby(options, 4 * pages.count * pages.size)
+        self._groups: dict[str, Group] = {}  # running or waiting
+        self._flying: deque[Step] = deque()
+        self._taken: list[Seat] = []  # since the last step
+        self._table = Table(options.seats)
+        self._seats = list(range(options.seats - 1, -1, -1))  # free ones
+        self._short = False  # a branch lacks pages: let nobody in, launch nothing ahead
+        self._pinned = 0  # footprints of the pinned groups that run
+        self._suspect: Group | None = None  # at most one runs
+        self._number = 0
+        self._outbox = Outbox()
+        self._stats = Stats(pages=pages.count, page_size=pages.size)
+
+    # ── Who comes and goes ──────────────────────────────────────────────────────────────────────
+
+    def submit(self, request: Request) -> None:
+        """Let it wait for its turn; raises Refused or Busy."""
+        try:
+            if request.id in self._groups:
+                raise Duplicate(f"A request with the id {request.id!r} is here already.")
+            admission.check(request, self.options, self.pages.count, self.pages.size)
+            self._lobby.check(request)
+            group = self._group(request)
+        except KvistError as error:
+            _count(self._stats.rejected, error.code)
+            raise
+        self._groups[request.id] = group
+        self._lobby.arrive(group, self._clock())
+        self._stats.prompt_tokens += len(group.prompt)
+        if self._lobby.was_cancelled(request.id):
+            self.cancel(request.id)
+        elif group.last < 1:
+            self._end_unsampled(group)
+
+    def _group(self, request: Request) -> Group:
+        self._number += 1
+        group = Group(request, self._number, self._text(request))
+        group.footprint = admission.footprint(request, self.pages.size)
+        if request.beams:
+            group.beams = BeamGroup(request, self.options.vocabulary or ANY, self._name)
+        elif not request.sampling.looks_back:
+            group.draft = self.options.draft if request.draft is None else request.draft
+        count = 1 if request.beams or not request.max_tokens else request.n
+        group.plant([group.branch(index) for index in range(count)])
+        return group
+
+    def cancel(self, id: str, reason: KvistError | None = None) -> None:
+        """End it in whatever state it is; one that is not here yet, when it comes."""
+        group = self._groups.get(id)
+        if group is None:
+            self._lobby.remember(id, self._clock())
+        else:
+            self._end(group, "cancelled", reason)
+
+    def _end(self, group: Group, finish: Finish, error: KvistError | None = None) -> None:
+        """Give back everything that it holds, and say so; only the first time counts."""
+        if group.over:
+            return
+        group.over = True
+        runs = group in self.running
+        cut = finish in ("cancelled", "error")
+        if cut:
+            place = "decode" if group.told else "prefill" if group.started else "queue"
+            _count(self._stats.aborted, place)
+        _count(self._stats.finished, finish)
+        self._outbox.end(group, group.unfinished if cut else [], finish, error)
+        self._lobby.end(group, waits=not runs)
+        if runs:
+            self._leave(group)
+        del self._groups[group.request.id]
+
+    def _leave(self, group: Group) -> None:
+        """Stop running: pages and seats are for others."""
+        self.running.remove(group)
+        if group.preempted >= PREEMPTIONS:
+            self._pinned -= group.footprint
+        if self._suspect is group:
+            self._suspect = None
+        for branch in group.living:
+            self._release(branch)
+        self._seats += group.seats
+        group.seats, group.forks = [], []
+
+    def _release(self, branch: Branch) -> None:
+        self.pages.drop(reversed(branch.pages))
+        self._table.clear(branch.seat)
+        self._seats.append(branch.seat)
+        branch.pages, branch.seat = [], -1
+
+    def _wait_again(self, group: Group) -> None:
+        """Back to the queue: what is known stays, and all of it is to be computed again."""
+        self._stats.recomputed += sum(branch.computed - branch.fork_at for branch in group.branches)
+        self._leave(group)
+        living = group.living
+        for branch in living:
+            branch.restart()
+        group.plant(living)
+        group.scored = len(group.scores) - 1
+        self._lobby.enter(group)
+
+    def _preempt(self) -> Group:
+        """The newest group gives way."""
+        victim = self.running[-1]
+        if victim.preempted >= PREEMPTIONS:
+            raise RuntimeError("Pages lack although all groups that run are sure to fit.")
+        victim.preempted += 1
+        self._stats.preemptions += 1
+        self._wait_again(victim)
+        return victim
+
+    # ── A step ──────────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self) -> Batch | None:
+        """The next step; None when there is nothing to do before the step in flight is read."""
+        for group, error in self._lobby.late(self._clock()):
+            self._end(group, "error", error)
+        if self._flying and (self._short or self._flying[-1].alone):
+            return None
+        rows = self._fill()
+        while not rows and self.running and not self._flying:
+            self._preempt()
+            rows = self._fill()
+        if not rows:
+            return None
+        rows.taken, self._taken = self._taken, []
+        self._flying.append(rows.step)
+        self.pages.launched()
+        self._stats.steps += 1
+        self._stats.step_tokens += self.options.budget - rows.left
+        return rows.batch()
+
+    def _fill(self) -> Rows:
+        self._short = False
+        rows = Rows(self._table, self.options.budget)
+        behind = self._decode(rows)
+        for branch in behind:
+            self._compute(branch, rows, crowded=len(behind) > 1 or len(self._lobby) > 0)
+        while rows.left > 0 and self._admits():
+            group = self._lobby.first
+            self._begin(group)
+            self._compute(group.branches[0], rows, crowded=len(self._lobby) > 0)
+        return rows
+
+    def _decode(self, rows: Rows) -> list[Branch]:
+        """Rows for all who lack one token; the branches that lack more."""
+        behind: list[Branch] = []
+        spare = rows.left - self.options.seats + len(self._seats)  # tokens for guesses
+        for group in self.running:
+            if group.buds:
+                self._sprout(group)
+            last = group.last
+            ready = [b for b in group.branches if min(b.length, last) - b.computed == 1]
+            if len(ready) < len(group.branches):
+                behind += [b for b in group.branches if b.todo > 1]
+            if group.beams is not None and (
+                len(ready) < len(group.living) or len(ready) > rows.left
+            ):
+                continue
+            ready = ready[: rows.left]
+            if not self._own(ready, 1, rows):
+                continue
+            for branch in ready:
+                guess = self._guess(branch, spare) if group.draft and spare > 0 else []
+                spare -= len(guess)
+                rows.add(branch, 1, guess)
+        return behind
+
+    def _compute(self, branch: Branch, rows: Rows, crowded: bool) -> None:
+        """A chunk of what a branch lacks."""
+        group = branch.group
+        most = self.options.chunk if crowded and self.options.chunk else rows.left
+        # The last tokens of beams are computed in one step.
+        kept = group.beams is not None and len(group.living) > 1
+        self._find(branch)
+        room = self._room(branch)
+        self._short = self._short or not room
+        count = min(branch.todo - kept, rows.left, most, room)
+        if count > 0 and self._own([branch], count, rows):
+            rows.add(branch, count, [])
+
+    def _guess(self, branch: Branch, most: int) -> list[int]:
+        """What may come next, within the pages that nobody else will miss."""
+        pages, group = self.pages, branch.group
+        if branch.lookup is None:
+            branch.lookup = Lookup(group.prompt + branch.output)
+        room = len(branch.pages) * pages.size - branch.computed
+        if pages.available > self.options.seats - len(self._seats):
+            room += pages.size
+        most = min(most, branch.guesses, room - 1, group.last - branch.computed - 1)
+        guess = branch.lookup.guess(most) if most > 0 else []
+        if guess:
+            self._extend(branch, branch.computed + 1 + len(guess), [])
+        return guess
+
+    def _admits(self) -> bool:
+        """Whether the first who waits can begin."""
+        if self._short or not self._lobby:
+            return False
+        group = self._lobby.first
+        if group.width > len(self._seats) or (group.suspect and self._suspect):
+            return False
+        if group.preempted >= PREEMPTIONS and self._pinned + group.footprint > self.pages.count:
+            return False
+        return not self.running or self._cost(group) <= self.pages.available
+
+    def _cost(self, group: Group) -> int:
+        """Pages for all that it has to compute, and one more for everybody who runs then."""
+        size, stem = self.pages.size, group.branches[0]
+        need = sum(-(-b.length // size) - b.fork_at // size for b in group.living)
+        if group.request.prompt_logprobs is None and self.pages.caching:
+            need -= self.pages.shared(stem.digests((stem.length - 1) // size, size))
+        return need + self.options.seats - len(self._seats) + group.width
+
+    def _begin(self, group: Group) -> None:
+        self._lobby.leave(group)
+        insort(self.running, group, key=_rank)
+        if group.preempted >= PREEMPTIONS:
+            self._pinned += group.footprint
+        if group.suspect:
+            self._suspect = group
+        group.seats = [self._seats.pop() for _ in range(group.width)]
+        for branch in group.living:
+            branch.seat = group.seats.pop()
+            self._taken.append(_seat(branch))
+        if not group.started:
+            group.started = True
+            self._stats.cache_queries += len(group.prompt)
+
+    def _sprout(self, group: Group) -> None:
+        """Let buds whose source is far enough read its pages. Only ever before the group has rows
+        in a step: copies come before all writes, so what is shared must be written already."""
+        size, buds = self.pages.size, []
+        for bud in group.buds:
+            source = bud.source
+            if source is None or source.computed < bud.fork_at:
+                buds.append(bud)
+                continue
+            full = bud.fork_at // size
+            bud.pages = source.pages[: -(-bud.fork_at // size)]
+            bud.chain = bud.chain if len(bud.chain) > full else source.chain[:full]
+            bud.computed, bud.published = bud.fork_at, min(source.published, full)
+            bud.source = None
+            self.pages.share(bud.pages)
+            self._table.put(bud.seat, 0, bud.pages)
+            group.branches.append(bud)
+        group.buds = buds
+        if not buds:
+            group.branches.sort(key=lambda branch: branch.index)
+
+    # ── Pages ───────────────────────────────────────────────────────────────────────────────────
+
+    def _own(self, branches: list[Branch], count: int, rows: Rows) -> bool:
+        """Have pages that the next `count` tokens may be written to; False: not in this step."""
+        copies: list[tuple[int, int, int]] = []
+        for branch in branches:
+            while not self._extend(branch, branch.computed + count, copies):
+                if self._flying:
+                    self._short = True
+                    return False
+                if self._preempt() is branch.group:
+                    return False
+        rows.copies += copies
+        return True
+
+    def _extend(self, branch: Branch, end: int, copies: list[tuple[int, int, int]]) -> bool:
+        """Pages up to `end`, and a copy of the first to be written if others read it too."""
+        pages, size = self.pages, self.pages.size
+        at, slots = divmod(branch.computed, size)
+        if slots and not pages.own(branch.pages[at]):
+            if not pages.available:
+                return False
+            shared, branch.pages[at] = branch.pages[at], pages.take()
+            copies.append((shared, branch.pages[at], slots))
+            pages.drop([shared])
+            self._table.put(branch.seat, at, branch.pages[at : at + 1])
+        while len(branch.pages) * size < end:
+            if not pages.available:
+                return False
+            branch.pages.append(pages.take())
+            self._table.put(branch.seat, len(branch.pages) - 1, branch.pages[-1:])
+        return True
+
+    def _room(self, branch: Branch) -> int:
+        """How many tokens there are pages for."""
+        at, slots = divmod(branch.computed, self.pages.size)
+        copy = bool(slots) and not self.pages.own(branch.pages[at])
+        most = len(branch.pages) + self.pages.available - copy
+        return max(most * self.pages.size - branch.computed, 0)
+
+    def _find(self, branch: Branch) -> None:
+        """Read what others have computed, wherever a page begins.
+
+        At least one token is left to compute, because only that gives something to sample from.
+        Pages hold no log-probabilities: a prompt that wants them is computed again.
+        """
+        size, group, first = self.pages.size, branch.group, len(branch.pages)
+        most = (branch.length - 1) // size
+        if group.request.prompt_logprobs is not None:
+            most = min(most, group.scored // size)
+        if branch.computed != first * size or most <= first or not self.pages.caching:
+            return
+        found = self.pages.match(branch.digests(most, size)[first:most])
+        branch.pages += found
+        branch.published = len(branch.pages)
+        branch.computed = branch.published * size
+        self._table.put(branch.seat, first, found)
+        if not group.preempted and not group.failures:
+            group.cached += len(found) * size
+            self._stats.cache_hits += len(found) * size
+
+    def _publish(self, branch: Branch, end: int) -> None:
+        """Let others find the pages that an ended step has filled."""
+        size = self.pages.size
+        full = min(end, branch.computed) // size
+        if full > branch.published and branch.pages and self.pages.caching:
+            chain = branch.digests(full, size)
+            for at in range(branch.published, full):
+                self.pages.publish(branch.pages[at], chain[at])
+            branch.published = full
+
+    # ── What the step meant ─────────────────────────────────────────────────────────────────────
+
+    def advance(self, output: Output) -> list[Event]:
+        """Read the oldest step in flight."""
+        step = self._flying.popleft()
+        self.pages.ended()
+        reader = Reader(step, output, self._outbox, self._stats)
+        for group in reader.bad():
+            self._stats.nan_rows += 1
+            self._end(group, "error", NumericalError("The model's output is not a number."))
+        reader.scores()
+        ended, grown = reader.samples(), reader.beams()
+        for branch, end in step.rows:
+            self._publish(branch, end)
+        for branch in ended:
+            self._finish(branch)
+        for group, growth in grown:
+            self._regrow(group, growth)
+        for group, _ in step.scores:
+            if group.last < len(group.prompt) and len(group.scores) == len(group.prompt):
+                self._end_unsampled(group)
+        if self._suspect is not None and self._suspect.event is not None:
+            self._suspect.suspect = False
+            self._suspect = None
+        return self.events()
+
+    def failed(self, reason: str) -> list[Event]:
+        """The oldest step in flight raised: what it and those after it computed is not used.
+
+        Everyone waits again, once; of those who fail twice, the first time's suspects are tried
+        one at a time, so that in the end only the one whose doing it is fails.
+        """
+        steps, self._flying = self._flying, deque()
+        for _ in steps:
+            self.pages.ended()
+        self._stats.retries += 1
+        blamed = list(steps[0].groups())
+        for group in [group for group in blamed if group.suspect] or blamed:
+            group.failures += 1
+            group.suspect = True
+            if group.failures > 1:
+                self._end(group, "error", StepFailed(f"A step raised twice: {reason}"))
+        for group in dict.fromkeys(group for step in steps for group in step.groups()):
+            self._wait_again(group)
+        return self.events()
+
+    def events(self) -> list[Event]:
+        """What happened since the last time, one event a request."""
+        return self._outbox.take()
+
+    def _finish(self, branch: Branch) -> None:
+        """A branch has come to its end, maybe before those that grow out of it could."""
+        group = branch.group
+        if group.over or branch.finish is None:
+            return
+        if group.buds:
+            self._sprout(group)
+        group.branches.remove(branch)
+        self._release(branch)
+        if not group.living:
+            self._end(group, branch.finish)
+
+    def _end_unsampled(self, group: Group) -> None:
+        for index in range(group.request.n):
+            self._outbox.choice(group, index).finish = "length"
+        self._end(group, "length")
+
+    def _regrow(self, group: Group, grown: Grown) -> None:
+        """The beams of the next step: each reads its parent's pages, and writes its own."""
+        assert group.beams is not None
+        if group.over:
+            return
+        if group.beams.done:
+            best = group.beams.answers[0]
+            self._end(group, "length" if best.stop is None else "stop")
+            return
+        old = group.branches
+        group.branches = [
+            _child(old[row], rank, token)
+            for rank, (row, token) in enumerate(zip(grown.parents, grown.tokens, strict=True))
+        ]
+        for child in group.branches:
+            self.pages.share(child.pages)
+        for parent in old:
+            self.pages.drop(reversed(parent.pages))
+        self._reseat(group, old, grown.parents)
+
+    def _reseat(self, group: Group, old: list[Branch], parents: list[int]) -> None:
+        """A parent's first child stays on its seat; the others take a copy of what is there."""
+        heirs = dict(zip(reversed(parents), reversed(group.branches), strict=True))
+        for row, parent in enumerate(old):
+            if row in heirs:
+                heirs[row].seat = parent.seat
+            else:
+                group.seats.append(parent.seat)
+        for row, child in zip(parents, group.branches, strict=True):
+            if child.seat < 0:
+                child.seat = group.seats.pop()
+                group.forks.append((old[row].seat, child.seat))
+                self._table.put(child.seat, 0, child.pages)
+
+    # ── Numbers ─────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def idle(self) -> bool:
+        return not self._groups and not self._flying
+
+    @property
+    def stats(self) -> Stats:
+        stats, pages = self._stats, self.pages
+        stats.waiting, stats.running = len(self._lobby), len(self.running)
+        stats.live, stats.cached, stats.free = pages.live, pages.cached, pages.free
+        return stats
+
+    def check(self) -> None:
+        """Raise unless pages, seats and queue agree with the groups that exist."""
+        branches = [branch for group in self.running for branch in group.living]
+        self.pages.check(branch.pages for branch in branches)
+        seats = self._seats + [s for group in self.running for s in group.seats]
+        if sorted(seats + [branch.seat for branch in branches]) != list(range(self.options.seats)):
+            raise RuntimeError("A seat is lost, or taken twice.")
+        if len(self.running) + len(self._lobby) != len(self._groups):
+            raise RuntimeError("A request is lost between the queue and the steps.")
+
+
+def _rank(group: Group) -> tuple[bool, float, int]:
+    return group.preempted < PREEMPTIONS, group.key, group.number
+
+
+def _seat(branch: Branch) -> Seat:
+    group, sampling = branch.group, branch.group.request.sampling
+    back = sampling.looks_back
+    prompt, output = (group.prompt, list(branch.output)) if back else ([], [])
+    return Seat(branch.seat, sampling, branch.index, prompt, output, len(group.prompt))
+
+
+def _child(parent: Branch, rank: int, token: int) -> Branch:
+    child = Branch(
+        group=parent.group,
+        index=rank,
+        text=parent.text.fork(),
+        length=parent.length + 1,
+        computed=parent.computed,
+        output=[*parent.output, token],
+        pages=list(parent.pages),
+        published=parent.published,
+        chain=list(parent.chain),
+    )
+    if parent.group.request.stop:
+        child.text.push(token)
+    return child
+
+
+def _count(counts: dict[str, int], key: str) -> None:
+    counts[key] = counts.get(key, 0) + 1
