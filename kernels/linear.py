@@ -1,18 +1,27 @@
 """y = x Wᵀ + b, for the formats a weight comes in.
 
-A quantised weight is W[o, i] = values[o, i] · scales[o, i // (in / groups)].
+A quantised weight is W[o, i] = values[o, i] · scales[o, i // group], group = in / groups. Two
+4-bit values share a byte: of each group, byte j holds value j in its low half and value
+j + group / 2 in its high half, both plus 8, so that unpacking never moves a number sideways.
 
 On a CPU an int8 weight meets activations rounded to int8 too, each row by its own largest value:
 the product is then exact in integers, which is fast and makes a row's result independent of the
 rest of the batch. Everywhere else, and wherever a gradient is asked for, activations stay as
 they are.
+
+In Triton a few rows (decode) read the weight once, at the speed of memory, and the order of the
+sum depends on the weight's shape alone. Many rows are the business of torch's matrix product,
+for which a quantised weight is first made whole.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.backend import Call, Kernel, Probe, describe, launch, tl, triton
 
 
 class Int8Weight(NamedTuple):
@@ -20,44 +29,95 @@ class Int8Weight(NamedTuple):
     scales: Tensor  # [out, groups] float32
 
 
-Weight = Tensor | Int8Weight
+class Int4Weight(NamedTuple):
+    values: Tensor  # [out, in / 2] uint8, as told above
+    scales: Tensor  # [out, groups] float32
+
+
+class Fp8Weight(NamedTuple):
+    values: Tensor  # [out, in] float8_e4m3fn
+    scales: Tensor  # [out, groups] float32
+
+
+Quantised = Int8Weight | Int4Weight | Fp8Weight
+Weight = Tensor | Quantised
+
+
+# -- formats --------------------------------------------------------------------------------------
 
 
 def quantize_int8(weight: Tensor, groups: int = 1) -> Int8Weight:
     """Symmetric, by the largest of each of `groups` equal runs of a row."""
+    runs, scales = _runs(weight, groups, 127)
+    values = (runs / scales[..., None]).round().to(torch.int8)
+    return Int8Weight(values.view(weight.shape), scales)
+
+
+def quantize_int4(weight: Tensor, groups: int) -> Int4Weight:
+    """The same to −7 … 7."""
+    runs, scales = _runs(weight, groups, 7)
+    if runs.shape[-1] % 2:
+        raise ValueError(f"groups of {runs.shape[-1]} weights cannot be halved into bytes")
+    low, high = ((runs / scales[..., None]).round() + 8).to(torch.uint8).chunk(2, -1)
+    return Int4Weight((low | high << 4).view(len(weight), -1), scales)
+
+
+def quantize_fp8(weight: Tensor, groups: int = 1) -> Fp8Weight:
+    runs, scales = _runs(weight, groups, 448)
+    values = (runs / scales[..., None]).to(torch.float8_e4m3fn)
+    return Fp8Weight(values.view(weight.shape), scales)
+
+
+def _runs(weight: Tensor, groups: int, largest: float) -> tuple[Tensor, Tensor]:
+    """-> [out, groups, group] float32, and the scales that bring each run's largest to `largest`"""
     out, inner = weight.shape
     if inner % groups:
         raise ValueError(f"a row of {inner} weights cannot be cut into {groups} equal groups")
     runs = weight.float().view(out, groups, -1)
-    scales = (runs.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    values = (runs / scales[..., None]).round().to(torch.int8)
-    return Int8Weight(values.view(out, inner), scales)
+    return runs, (runs.abs().amax(-1) / largest).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     """-> [out, in]"""
     if isinstance(weight, Tensor):
         return weight.to(dtype)
-    groups = weight.scales.shape[1]
-    runs = weight.values.float().view(len(weight.values), groups, -1)
-    return (runs * weight.scales[..., None]).flatten(1).to(dtype)
+    runs = weight.values.view(*weight.scales.shape, -1)
+    if isinstance(weight, Int4Weight):
+        runs = torch.cat([runs & 15, runs >> 4], -1).to(torch.int8) - 8
+    return (runs.float() * weight.scales[..., None]).flatten(1).to(dtype)
+
+
+def width(weight: Weight) -> int:
+    """How many channels it takes."""
+    if isinstance(weight, Tensor):
+        return weight.shape[1]
+    return weight.values.shape[1] * (2 if isinstance(weight, Int4Weight) else 1)
+
+
+# -- ways -----------------------------------------------------------------------------------------
 
 
 def linear_reference(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, dequantize(weight, x.dtype), bias)
 
 
+def linear_native(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, Int8Weight):
+        return linear_int8(x, weight, bias)
+    return linear_reference(x, weight, bias)
+
+
 def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
-    """The CPU's own way: rows of x rounded to int8, integer products, scaled group by group."""
+    """Rows of x rounded to int8, integer products, scaled group by group."""
     rows = x.reshape(-1, x.shape[-1]).float()
     row_scales = (rows.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
     rounded = (rows / row_scales).round().to(torch.int8)
-    width = rows.shape[1] // weight.scales.shape[1]
+    group = rows.shape[1] // weight.scales.shape[1]
     y = torch.zeros(len(rows), len(weight.values))
     for scales, values, part in zip(
         weight.scales.T,
-        torch.split(weight.values, width, 1),
-        torch.split(rounded, width, 1),
+        torch.split(weight.values, group, 1),
+        torch.split(rounded, group, 1),
         strict=True,
     ):
         y += torch._int_mm(part.contiguous(), values.T) * scales
@@ -65,13 +125,141 @@ def linear_int8(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
     return (y if bias is None else y + bias).to(x.dtype).view(*x.shape[:-1], -1)
 
 
+@triton.jit
+def widen(values, dtype: tl.constexpr):
+    """Numbers as operands of a product; bytes are fp8 e4m3, which not every GPU can convert."""
+    if values.dtype == tl.uint8:  # the bits of a float16 2⁸ times smaller, subnormals included
+        bits = values.to(tl.uint16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        wide = (half * 256.0).to(dtype)
+    else:
+        wide = values.to(dtype)
+    return wide
+
+
+@triton.jit
+def _linear(
+    x, values, scales, bias, y, rows, out, inner, groups,
+    GROUP: tl.constexpr, INT4: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """GROUP: values a scale, 0: all of a row. MASKED: BLOCK_K does not divide a row."""
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    mine = tl.where(m < rows, m, 0).to(tl.int64)  # rows past the end read a row that is there
+    theirs = tl.where(n < out, n, 0).to(tl.int64)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if INT4:
+        HALF: tl.constexpr = GROUP // 2
+        STEPS: tl.constexpr = HALF // BLOCK_K
+        for i in range(inner // GROUP * STEPS):
+            group = i // STEPS
+            at = tl.multiple_of(group * GROUP + i % STEPS * BLOCK_K, BLOCK_K)
+            left = x + mine[:, None] * inner + at + k[None, :]
+            byte = tl.load(values + theirs[None, :] * (inner // 2) + i * BLOCK_K + k[:, None])
+            low = ((byte & 15).to(tl.int8) - 8).to(x.dtype.element_ty)
+            high = ((byte >> 4).to(tl.int8) - 8).to(x.dtype.element_ty)
+            part = tl.dot(tl.load(left), low, input_precision="ieee")
+            part = tl.dot(tl.load(left + HALF), high, part, input_precision="ieee")
+            acc += part * tl.load(scales + theirs * groups + group)[None, :]
+    else:
+        for at in range(0, inner, BLOCK_K):
+            left = x + mine[:, None] * inner + at + k[None, :]
+            right = values + theirs[None, :] * inner + at + k[:, None]
+            if MASKED:
+                a = tl.load(left, at + k[None, :] < inner, other=0.0)
+                b = widen(tl.load(right, at + k[:, None] < inner, other=0), x.dtype.element_ty)
+            else:
+                a = tl.load(left)
+                b = widen(tl.load(right), x.dtype.element_ty)
+            if GROUP == 0:
+                acc = tl.dot(a, b, acc, input_precision="ieee")
+            else:
+                scale = tl.load(scales + theirs * groups + at // GROUP)
+                acc += tl.dot(a, b, input_precision="ieee") * scale[None, :]
+        if scales is not None and GROUP == 0:
+            acc *= tl.load(scales + theirs)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + n, n < out, other=0.0).to(tl.float32)[None, :]
+    at = m[:, None].to(tl.int64) * out + n[None, :]
+    tl.store(y + at, acc.to(y.dtype.element_ty), (m[:, None] < rows) & (n[None, :] < out))
+
+
+FEW = 16  # rows of a float weight's product that Triton takes; more fill tensor cores anyway
+SOME = 64  # the same for quantised weights: making one whole costs about this many rows
+SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may ask for, by arch
+
+
+def _launch(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    whole = isinstance(weight, Tensor)
+    values, scales = (weight, None) if isinstance(weight, Tensor) else weight
+    group = 0 if scales is None or scales.shape[1] == 1 else width(weight) // scales.shape[1]
+    int4 = isinstance(weight, Int4Weight)
+    if int4 and not group:
+        group = width(weight)
+    block = _block_k(group // 2 if int4 else group, x, values)
+    if len(rows) > (FEW if whole else SOME) or block < 16:
+        return linear_reference(x, weight, bias)
+    out = len(values)
+    y = rows.new_empty(len(rows), out)
+    tile = (max(16, triton.next_power_of_2(len(rows))), 32, block)
+    if len(rows):
+        launch(
+            _linear,
+            (triton.cdiv(out, tile[1]), 1),
+            rows,
+            values.view(torch.uint8) if isinstance(weight, Fp8Weight) else values.contiguous(),
+            scales,
+            bias,
+            y,
+            len(rows),
+            out,
+            rows.shape[1],
+            1 if scales is None else scales.shape[1],
+            GROUP=group,
+            INT4=int4,
+            MASKED=not group and rows.shape[1] % block != 0,
+            **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile)),
+            num_warps=4,
+            num_stages=_stages(x, values, tile),
+        )
+    return y.view(*x.shape[:-1], out)
+
+
+def _block_k(run: int, x: Tensor, values: Tensor) -> int:
+    """256 bytes of a row at once, but a power of two that divides a run (0: no run). Float32
+    products have no tensor cores, and more than 64 at once do not fit into registers."""
+    most = 64 if x.element_size() == 4 else 256 // values.element_size()
+    return min(most, run & -run) if run else most
+
+
+def _stages(x: Tensor, values: Tensor, tile: tuple[int, int, int]) -> int:
+    """As many tiles on their way as let two blocks share a processor."""
+    m, n, k = tile
+    bytes_ = k * (m * x.element_size() + n * values.element_size())
+    room = SHARED.get(describe(x.device).arch, SHARED[90]) // 2
+    return max(2, min(5, room // bytes_))
+
+
+def _trial(probe: Probe) -> Iterator[Call]:
+    x, whole = probe.random(3, probe.hidden), probe.random(96, probe.hidden, seed=1)
+    bias = probe.random(96, seed=2)
+    groups = probe.hidden // 64
+    yield Call((x, whole, bias), {})
+    yield Call((x, quantize_int8(whole), bias), {})
+    yield Call((x, quantize_int8(whole, groups), None), {})
+    yield Call((x, quantize_int4(whole, groups), None), {})
+    yield Call((x, quantize_fp8(whole), None), {})
+
+
+LINEAR = Kernel("linear", linear_reference, _launch, _trial, native=linear_native)
+
+
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """x [..., in] -> [..., out]"""
-    values = weight if isinstance(weight, Tensor) else weight.values
-    if x.shape[-1] != values.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} channels and the weight takes {values.shape[1]}")
-    if isinstance(weight, Tensor):
-        return F.linear(x, weight, bias)
-    if x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled()):
-        return linear_int8(x, weight, bias)
-    return linear_reference(x, weight, bias)
+    if x.shape[-1] != width(weight):
+        raise ValueError(f"x has {x.shape[-1]} channels and the weight takes {width(weight)}")
+    found: Tensor = LINEAR(x, weight, bias)
+    return found
