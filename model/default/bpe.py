@@ -18,13 +18,14 @@ import regex
 END = "<|endoftext|>"
 # Cut where people pause when they type a prompt: a name keeps its dot or bracket ("self.",
 # "range("), a digit stands alone (counting and sums), and a line break takes the indentation
-# that follows.
+# that follows. Two spaces and more stay together, so that one space by itself only ever means
+# that a prompt ended there.
 PATTERN = (
-    r" ?[\p{L}_]+[.(]?"
+    r"[ \t][ \t]+"
+    r"| ?[\p{L}_]+[.(]?"
     r"| ?\p{N}"
     r"| ?[^\s\p{L}\p{N}_]+(?:\n+ *)?"
     r"|\n+[ \t]*"
-    r"|[ \t]+(?!\S)"
     r"|\s+"
 )
 WORD = regex.compile(PATTERN)
@@ -121,7 +122,8 @@ class Encoder:
         ids: list[int] = []
         for word in WORD.findall(text):
             if cut and random and len(word) > 1 and random.random() < cut:
-                at = random.randrange(1, len(word))
+                space = word[0] == " " and random.random() < 0.5  # where most prompts stop
+                at = 1 if space else random.randrange(1, len(word))
                 ids += self._word(word[:at]) + self._word(word[at:])
             else:
                 ids += self._word(word)

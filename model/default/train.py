@@ -47,7 +47,7 @@ class Recipe:
 
     vocabulary: int = 4096
     hidden: int = 256
-    layers: int = 5
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     feed_forward: int = 704
@@ -61,7 +61,7 @@ class Recipe:
     shares: dict[str, float] = field(
         default_factory=lambda: {"library": 0.79, "side": 0.15, "exercises": 0.06}
     )
-    cut: float = 0.015  # share of words shown in two pieces, see bpe.Encoder
+    cut: float = 0.025  # share of words shown in two pieces, see bpe.Encoder
     seed: int = 1
 
     muon_lr: float = 0.02
