@@ -336,7 +336,7 @@ class Decoder(nn.Module):
         self.config = config
         context = context or config.context
         width = config.embed_dim or config.hidden
-        self.embed = nn.Embedding(config.vocabulary, width)
+        self.embed: nn.Module = nn.Embedding(config.vocabulary, width)
         self.project_in = Linear(width, config.hidden, False) if config.embed_dim else None
         self.project_out = Linear(config.hidden, width, False) if config.embed_dim else None
         size = config.context + config.position_offset
@@ -355,7 +355,9 @@ class Decoder(nn.Module):
         self.embed_norm = norm() if config.embed_norm else None
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.layers))
         self.norm = norm() if config.final_norm else None
-        self.head = None if config.tied else Linear(width, config.vocabulary, config.head_bias)
+        self.head: nn.Module | None = None  # tied: the embedding's own weight
+        if not config.tied:
+            self.head = Linear(width, config.vocabulary, config.head_bias)
         self.place = Places(config, context)
 
     def forward(
@@ -396,7 +398,7 @@ class Decoder(nn.Module):
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         if self.head is None:
-            logits = linear(hidden, self.embed.weight).float()
+            logits = linear(hidden, self.embed.get_parameter("weight")).float()
         else:
             logits = self.head(hidden).float()
         if config.logit_scale != 1:

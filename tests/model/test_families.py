@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.backend import KERNELS
+from kernels.native import NotHere
 from model.batch import LAST_SAMPLE, Batch, Ints, Seat
 from model.cache import Cache, Rows
 from model.decoder import Decoder
 from model.families import FAMILIES, UnsupportedModelError, family_of
+from model.pack import pack_decoder
 from model.runner import Runner
 from model.sampling import Sampling
 from model.weights import load
@@ -168,6 +171,38 @@ def test_dynamic_rope_stretches_to_the_context_served(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = ours.logits(ours(prompt, Rows.alone([400])))
         assert_close(logits, theirs(prompt[None]).logits[0])
+
+
+@pytest.mark.parametrize(
+    "label", ["llama-group-of-7", "gemma3", "gptj", "opt-post-norm", "gpt_oss"]
+)
+def test_packed_for_the_cpu(label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Native products, attention and norms: the same logits, and the same bits for any chunk."""
+    for kernel in KERNELS.values():
+        monkeypatch.setattr(kernel, "native", kernel.native)  # undone afterwards
+    theirs = make(label, tmp_path)
+    ours = load(tmp_path, dtype=torch.float32)
+    try:
+        pack_decoder(ours)
+    except NotHere as why:
+        pytest.skip(f"no native kernels here: {why}")
+    prompt = torch.randint(2, 67, (23,), generator=torch.Generator().manual_seed(1))
+    table, pages = scattered_pages(1, 6)
+
+    def logits(*chunks: int) -> Tensor:
+        cache, parts, at = Cache(ours.config, pages, PAGE), [], 0
+        for count in chunks:
+            rows = rows_in_pages([count], [at + count], table)
+            parts.append(ours.logits(ours(prompt[at : at + count], rows, cache)))
+            at += count
+        return torch.cat(parts)
+
+    with torch.inference_mode():
+        whole = logits(23)
+        assert_close(whole, theirs(prompt[None]).logits[0])
+        exact = not ours.config.experts and ours.config.activation in ("silu", "gelu_tanh")
+        if exact and ours.config.gated:
+            assert torch.equal(logits(1, 4, 17, 1), whole)
 
 
 def test_every_family_has_a_row() -> None:

@@ -1,0 +1,299 @@
+"""The CPU's own kernels: `native.cpp`, compiled once for this very processor, and its wrappers.
+
+Built by the C++ compiler into the user's cache on first use (some seconds), loaded by ctypes.
+Where there is no compiler, or the build fails, torch's way serves, and `enable` says why.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import KERNELS
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = "-O3 -march=native -ffast-math -fno-finite-math-only -fno-associative-math -fopenmp -fPIC"
+TILE = 32  # outputs of a tile, as in native.cpp
+
+
+class NotHere(Exception):
+    """Why there are no native kernels, in a sentence."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Compiles at most once in this user's cache; raises NotHere."""
+    if os.environ.get("KVIST_KERNELS") == "reference":
+        raise NotHere("KVIST_KERNELS=reference")
+    if sys.platform != "linux":
+        raise NotHere(f"native kernels are built on Linux only, and this is {sys.platform}")
+    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+    if not compiler:
+        raise NotHere("no C++ compiler: install g++ and start again")
+    target = _place(compiler)
+    try:
+        if not target.exists():
+            _compile(compiler, target)
+        return _typed(ctypes.CDLL(str(target)))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NotHere(f"{Path(compiler).name} could not build them: {error}") from error
+
+
+P, I64, F32, C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+SIGNATURES: dict[str, list[Any]] = {
+    "linear_f32": [P] * 4 + [I64] * 3 + [C],
+    "linear_bf16": [P] * 4 + [I64] * 3 + [C],
+    "linear_int8": [P] * 8 + [I64] * 3 + [C],
+    "attention_f32": [P] * 9 + [I64] * 7 + [F32] * 2 + [C],
+    "store_f32": [P] * 11 + [I64] * 9 + [F32] + [C] * 2,
+    "norm_f32": [P] * 6 + [I64] * 2 + [F32] + [C] * 2,
+    "silu_gate_f32": [P] * 2 + [I64] * 2 + [C],
+    "gelu_tanh_gate_f32": [P] * 2 + [I64] * 2 + [C],
+}
+
+
+def _typed(found: ctypes.CDLL) -> ctypes.CDLL:
+    for name, kinds in SIGNATURES.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = kinds, None
+    return found
+
+
+def _place(compiler: str) -> Path:
+    """A file a source, a compiler and a processor; the flags of -march=native are in /proc."""
+    cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if os.path.exists("/proc") else ""
+    kind = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))]
+    told = [SOURCE.read_text(), FLAGS, compiler, platform.machine(), torch.__version__, *kind]
+    name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home) / "kvist" / f"native-{name}.so"
+
+
+def _compile(compiler: str, target: Path) -> None:
+    """Without naming an OpenMP library when linking, so that torch's own threads are used."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home: build for this process alone
+        target = Path(tempfile.mkdtemp()) / target.name
+    with tempfile.TemporaryDirectory() as folder:
+        unit, built = f"{folder}/native.o", f"{target}.{os.getpid()}"
+        for step in (
+            [compiler, *FLAGS.split(), "-c", str(SOURCE), "-o", unit],
+            [compiler, "-shared", unit, "-o", built],
+        ):
+            subprocess.run(step, check=True, capture_output=True, timeout=120)  # noqa: S603
+        os.replace(built, target)
+
+
+def _call(name: str, *args: Tensor | float | None) -> None:
+    """A function of the library: tensors go as addresses, and threads come last."""
+    plain = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
+    getattr(library(), name)(*plain, torch.get_num_threads())
+
+
+# ── products ──────────────────────────────────────────────────────────────────────────────────
+
+
+class Packed(NamedTuple):
+    """A weight as the CPU likes to read it: tiles of 32 outputs, each read once and in order."""
+
+    values: Tensor  # [tiles, in, 32] float32 or bfloat16; int8: [tiles, in / 4, 32, 4]
+    out: int
+    inner: int
+    scales: Tensor | None = None  # [out] float32: int8 values times these
+    sums: Tensor | None = None  # [out] int32: of each output's int8 values
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out, self.inner
+
+
+def pack(weight: Tensor, scales: Tensor | None = None) -> Packed:
+    """weight [out, in] float32, bfloat16, or int8 with scales [out]"""
+    out, inner = weight.shape
+    if scales is None:
+        tiled = F.pad(weight, (0, 0, 0, -out % TILE)).unflatten(0, (-1, TILE))
+        return Packed(tiled.transpose(1, 2).contiguous(), out, inner)
+    padded = F.pad(weight, (0, -inner % 4, 0, -out % TILE))
+    tiled = padded.view(-1, TILE, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+    return Packed(tiled, out, inner, scales.float().contiguous(), weight.sum(1, dtype=torch.int32))
+
+
+def unpack(weight: Packed, rows: Tensor | None = None) -> Tensor:
+    """-> [out, in] float32, or only the rows asked for"""
+    rows = torch.arange(weight.out) if rows is None else rows
+    values = weight.values[rows // TILE, :, rows % TILE]
+    if weight.scales is None:
+        return values.float()
+    return values.flatten(1)[:, : weight.inner].float() * weight.scales[rows, None]
+
+
+def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] float32 -> [..., out]. A row's result is the same in any company."""
+    shape = (*x.shape[:-1], weight.out)
+    x = x.reshape(-1, weight.inner).contiguous()
+    y = torch.empty(len(x), weight.out)
+    sizes = len(x), weight.inner, weight.out
+    if weight.scales is not None:
+        rounded = torch.empty(len(x), -(-weight.inner // 4) * 4, dtype=torch.uint8)
+        row_scales = torch.empty(len(x))
+        tables = weight.values, weight.scales, weight.sums
+        _call("linear_int8", x, *tables, bias, y, rounded, row_scales, *sizes)
+    elif weight.values.dtype == torch.bfloat16:
+        _call("linear_bf16", x, weight.values, bias, y, *sizes)
+    else:
+        _call("linear_f32", x, weight.values, bias, y, *sizes)
+    return y.view(shape)
+
+
+def has_int8() -> bool:
+    """Whether this processor multiplies bytes four at a time (AVX-512 VNNI)."""
+    try:
+        return bool(library().has_int8())
+    except NotHere:
+        return False
+
+
+# ── attention ─────────────────────────────────────────────────────────────────────────────────
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    starts: Tensor,
+    lengths: Tensor,
+    page_table: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """As `kernels.attention`, in float32."""
+    (_, heads, dim), (kv_heads, page) = query.shape, keys.shape[1:3]
+    out = torch.empty(query.shape)
+    table = page_table.contiguous()
+    where = starts, lengths, table
+    sizes = len(lengths), table.shape[1], heads, kv_heads, dim, page, window
+    _call(
+        "attention_f32",
+        *(query.contiguous(), keys, values, *where, sinks, slopes, out, *sizes, scale, softcap),
+    )
+    return out
+
+
+def store(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    *,
+    table: Tensor | None = None,
+    at: Tensor | None = None,
+    interleaved: bool = False,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    **_: Any,
+) -> Tensor:
+    """As `kernels.pages.store`, in float32."""
+    tokens, heads, dim = query.shape
+    out = torch.empty(tokens, heads, dim)
+    steps = query.stride(0), key.stride(0), value.stride(0)
+    pairs = 0 if table is None else table.shape[1] // 2
+    _call(
+        "store_f32",
+        *(query, key, value, keys, values, slots, table, at, query_norm, key_norm, out, tokens),
+        *(*steps, heads, keys.shape[1], dim, keys.shape[2], pairs, eps, int(interleaved)),
+    )
+    return out
+
+
+# ── norms and gates ───────────────────────────────────────────────────────────────────────────
+
+
+def norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor]:
+    """-> the norm of x + added, and x + added"""
+    x = x.contiguous()
+    y, total = torch.empty_like(x), x if added is None else torch.empty_like(x)
+    rows, width = x.numel() // x.shape[-1], x.shape[-1]
+    _call("norm_f32", x, added, weight, bias, y, total, rows, width, eps, int(rms))
+    return y, total
+
+
+def gate(x: Tensor, kind: str) -> Tensor:
+    """silu and gelu_tanh: act(gate) · up of x [..., gate | up]"""
+    x = x.contiguous()
+    width = x.shape[-1] // 2
+    y = torch.empty(*x.shape[:-1], width)
+    _call(f"{kind}_gate_f32", x, y, x.numel() // (2 * width), width)
+    return y
+
+
+# ── which kernels run this way ────────────────────────────────────────────────────────────────
+
+
+def _attention_way(*args: Tensor, **how: Any) -> Tensor:
+    query, keys = args[:2]
+    small = keys.shape[3] <= 256 and query.shape[1] // keys.shape[1] <= 128  # MOST and DIM
+    if not _floats(query, keys) or not small or how.get("key_scales") is not None:
+        return KERNELS["attention"].twin(*args, **how)
+    return attention(*args, **how)
+
+
+def _store_way(*args: Tensor, **how: Any) -> Tensor:
+    together = all(part.stride(-1) == 1 and part.stride(1) == part.shape[2] for part in args[:3])
+    if not _floats(*args[:5]) or not together or args[0].shape[2] > 256 or "key_scales" in how:
+        return KERNELS["store"].twin(*args, **how)
+    return store(*args, **how)
+
+
+def _norm_way(name: str, *args: Any) -> Any:
+    *inputs, eps = args if name.endswith("layer_norm") else args[:-1]
+    *streams, weight, bias = inputs if name.endswith("layer_norm") else (*inputs, None)
+    if not _floats(*streams) or weight is None or not _floats(weight):
+        return KERNELS[name].twin(*args)
+    added = streams[1].contiguous() if len(streams) > 1 else None
+    found = norm(streams[0], added, weight, bias, eps, rms=name.endswith("rms_norm"))
+    return found[0] if added is None else found
+
+
+def _gate_way(x: Tensor, kind: str, limit: float = 0.0) -> Tensor:
+    if not _floats(x) or kind not in ("silu", "gelu_tanh"):
+        return KERNELS["gate"].twin(x, kind, limit)
+    return gate(x, kind)
+
+
+def _floats(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.float32 for tensor in tensors)
+
+
+NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
+WAYS: dict[str, Any] = {name: partial(_norm_way, name) for name in NORMS}
+WAYS |= {"attention": _attention_way, "store": _store_way, "gate": _gate_way}
+
+
+def enable() -> None:
+    """From now on the kernels defined so far run natively on a CPU. Raises NotHere."""
+    library()
+    for name, way in WAYS.items():
+        if name in KERNELS:
+            KERNELS[name].native = way

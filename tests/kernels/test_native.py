@@ -1,0 +1,163 @@
+"""The CPU's own kernels against the twins, and bit for bit against themselves in other company."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels.activation
+import kernels.norm
+import kernels.pages
+from kernels import native
+from kernels.attention import attention_reference
+
+try:
+    native.library()
+except native.NotHere as why:
+    pytest.skip(f"no native kernels here: {why}", allow_module_level=True)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    assert (found - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+def chance(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+SHAPES = [(1, 64, 96), (5, 33, 70), (12, 896, 32), (13, 7, 1), (40, 130, 257)]
+
+
+@pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear(rows: int, inner: int, out: int, dtype: torch.dtype) -> None:
+    x, bias = chance(rows, inner), chance(out, seed=1)
+    weight = chance(out, inner, seed=2).to(dtype)
+    packed = native.pack(weight)
+    assert torch.equal(native.unpack(packed), weight.float())
+    exact = x.double() @ weight.double().T + bias
+    close(native.linear(x, packed, bias).double(), exact)
+
+
+@pytest.mark.skipif(not native.has_int8(), reason="this processor has no AVX-512 VNNI")
+@pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
+def test_linear_int8_is_exact_in_integers(rows: int, inner: int, out: int) -> None:
+    """Against numbers that are whole already, nothing is rounded at all."""
+    x = torch.randint(-127, 128, (rows, inner), generator=torch.Generator().manual_seed(0)).float()
+    x[:, 0] = 127  # so that a row's scale is 1
+    values = torch.randint(-127, 128, (out, inner), generator=torch.Generator().manual_seed(1))
+    scales = torch.full((out,), 0.5)
+    packed = native.pack(values.to(torch.int8), scales)
+    assert torch.equal(native.unpack(packed), values.float() * 0.5)
+    assert torch.equal(native.linear(x, packed).double(), x.double() @ values.double().T * 0.5)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_a_row_is_the_same_in_any_company(kind: str) -> None:
+    weight, x = chance(100, 260), chance(37, 260, seed=3)
+    if kind == "int8":
+        packed = native.pack((weight * 30).round().clamp(-127, 127).to(torch.int8), torch.ones(100))
+    else:
+        packed = native.pack(weight.to(getattr(torch, kind)))
+    together = native.linear(x, packed)
+    for some in (slice(0, 1), slice(3, 10), slice(11, 36)):
+        assert torch.equal(native.linear(x[some], packed), together[some])
+
+
+def paged(
+    counts: list[int], lengths: list[int], heads: tuple[int, int], dim: int, page: int
+) -> Any:
+    width = max(-(-n // page) for n in lengths)
+    order = torch.randperm(len(counts) * width, generator=torch.Generator().manual_seed(7))
+    pages = chance(2, len(order), heads[1], page, dim)
+    where = {
+        "starts": torch.tensor([0, *torch.tensor(counts).cumsum(0)]).int(),
+        "lengths": torch.tensor(lengths).int(),
+        "page_table": order.int().view(len(counts), width),
+        "scale": dim**-0.5,
+    }
+    return chance(sum(counts), heads[0], dim, seed=1), pages[0], pages[1], where
+
+
+ATTENTION: list[tuple[list[int], list[int], tuple[int, int], int, int, dict[str, Any]]] = [
+    ([1, 3, 17], [40, 3, 33], (4, 2), 64, 16, {}),
+    ([1, 5], [1200, 700], (14, 2), 64, 16, {}),
+    ([7, 2], [9, 30], (7, 1), 96, 4, {"window": 5, "softcap": 20.0}),
+    ([30], [30], (4, 4), 80, 16, {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])}),
+    (
+        [3, 1],
+        [600, 1],
+        (4, 2),
+        36,
+        1,
+        {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0]), "window": 100},
+    ),
+    ([4], [20], (40, 1), 256, 64, {}),
+]
+
+
+@pytest.mark.parametrize(("counts", "lengths", "heads", "dim", "page", "more"), ATTENTION)
+def test_attention(
+    counts: list[int],
+    lengths: list[int],
+    heads: tuple[int, int],
+    dim: int,
+    page: int,
+    more: dict[str, Any],
+) -> None:
+    query, keys, values, where = paged(counts, lengths, heads, dim, page)
+    close(
+        native.attention(query, keys, values, **where, **more),
+        attention_reference(query, keys, values, **where, **more),
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_attention_does_not_know_chunks(chunk: int) -> None:
+    """A prompt's last queries give the same bits whatever came with them in the step."""
+    query, keys, values, where = paged([700], [700], (14, 2), 64, 16)
+    whole = native.attention(query, keys, values, **where)
+    where["starts"] = torch.tensor([0, chunk]).int()
+    assert torch.equal(native.attention(query[-chunk:], keys, values, **where), whole[-chunk:])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_store(interleaved: bool, normed: bool) -> None:
+    parts = chance(6, (4 + 2 + 2) * 24).split((96, 48, 48), -1)
+    query, key, value = (part.unflatten(-1, (-1, 24)) for part in parts)  # type: ignore[no-untyped-call]
+    weight = chance(24, seed=5) if normed else None
+    slots = torch.tensor([5, 6, -1, 17, 0, 30])
+    how: dict[str, Any] = {
+        "table": chance(40, 16, seed=4),
+        "at": torch.tensor([3, 4, 5, 9, 1, 39]),
+        "interleaved": interleaved,
+        "query_norm": weight,
+        "key_norm": weight,
+        "eps": 1e-6,
+    }
+    keys, values, their_keys, their_values = torch.zeros(4, 8, 2, 4, 24)
+    found = native.store(query, key, value, keys, values, slots, **how)
+    reference = kernels.pages.store_reference
+    close(found, reference(query, key, value, their_keys, their_values, slots, **how))
+    close(keys, their_keys)
+    assert torch.equal(values, their_values)
+
+
+@pytest.mark.parametrize("width", [16, 96, 901])
+def test_norms(width: int) -> None:
+    x, added, weight, bias = (chance(*s, width, seed=i) for i, s in enumerate([(5,), (5,), (), ()]))
+    close(
+        native.norm(x, None, weight, None, 1e-6, True)[0],
+        kernels.norm.rms_norm_reference(x, weight, 1e-6),
+    )
+    normed, total = native.norm(x, added, weight, bias, 1e-5, False)
+    close(normed, kernels.norm.layer_norm_reference(x + added, weight, bias, 1e-5))
+    assert torch.equal(total, x + added)
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+def test_gates(kind: str) -> None:
+    x = chance(3, 2 * 70) * 6
+    close(native.gate(x, kind), kernels.activation.gate_reference(x, kind))
