@@ -164,10 +164,13 @@ class BeamGroup:
         if self.beams.mode == "final" and not self.done:
             return []
         fixed = self._certain()
-        lag = 0 if self.done else self.searches[0].length - self.committed
-        if self.beams.mode == "windowed" and lag > self.beams.window:
-            self.searches = [force(self.searches[0], self.searches[0].length - self.beams.window)]
-            fixed += self._certain()
+        search = self.searches[0]
+        certain = self.answers and self.committed == self.answers[0].node.length
+        if self.beams.mode == "windowed" and not self.done and not certain:
+            length = search.length - self.beams.window
+            if length > self.committed:
+                self.searches = [force(search, length)]
+                fixed += self._certain()
         return fixed
 
     def _certain(self) -> list[Node]:
@@ -204,6 +207,8 @@ def _rules(request: Request, beams: Beams) -> Rules:
 
 def _refused(request: Request, beams: Beams) -> tuple[str, str] | None:
     """Why there is no such search, and the field."""
+    if request.max_tokens < 1:
+        return f"max_tokens is {request.max_tokens}: beams need at least 1", "max_tokens"
     if request.n > beams.width:
         return f"n is {request.n}, but {beams.width} beams give at most so many answers", "n"
     if beams.width % beams.groups:

@@ -174,6 +174,17 @@ def search(
     return answers, steps, state
 
 
+def live_after(model: Any) -> Callable[[Prefix], Tensor]:
+    """The log-probabilities after any prefix, asking the model."""
+
+    @torch.inference_mode()
+    def logprobs(prefix: Prefix) -> Tensor:
+        logits: Tensor = model(torch.tensor([prefix])).logits[0, -1]
+        return logits.float().log_softmax(-1)
+
+    return logprobs
+
+
 def check(model: Any, prompt: list[int], exact_exit: bool = True, **options: Any) -> Run:
     """Both searches, with transformers' names: tokens, scores and steps must be equal."""
     run = generate(model, prompt, **options)

@@ -1,7 +1,6 @@
 """The search against transformers' `generate`: random cases, then every corner by name."""
 
 import random
-from collections.abc import Callable
 from itertools import pairwise, product
 from typing import Any
 
@@ -22,6 +21,7 @@ from tests.server.beam_oracle import (
     compare,
     generate,
     gpt2,
+    live_after,
     llama,
     rules_of,
     search,
@@ -264,21 +264,10 @@ def test_corner_15_one_beam_that_stops_early_is_greedy() -> None:
         )[0, 1:].tolist()  # fmt: skip
         greedy = raw[: raw.index(end) + 1] if end in raw else raw
         rules = Rules(width=1, limit=8, ends=frozenset([end]), early_stopping=True)
-        answers, _, _ = search(after(model), [first], rules)
+        answers, _, _ = search(live_after(model), [first], rules)
         assert answers[0].tokens == greedy
     with pytest.raises(ValueError, match="num_return_sequences"):
         generate(model, [3], num_beams=1, num_return_sequences=2, max_new_tokens=3)
-
-
-def after(model: Any) -> Callable[[Prefix], Tensor]:
-    """The log-probabilities after any prefix, asking the model."""
-
-    @torch.inference_mode()
-    def logprobs(prefix: Prefix) -> Tensor:
-        logits: Tensor = model(torch.tensor([prefix])).logits[0, -1]
-        return logits.float().log_softmax(-1)
-
-    return logprobs
 
 
 def test_corner_16_sums_and_scores_are_float32() -> None:
@@ -414,7 +403,7 @@ def test_corner_25_a_padded_batch_gives_what_each_gives_alone() -> None:
             Answer(raw.sequences[r, 5 : 5 + lengths[r]].tolist(), raw.sequences_scores[r].item())
             for r in rows
         ]
-        compare(search(after(model), prompt, rules_of(options))[0], theirs, prompt)
+        compare(search(live_after(model), prompt, rules_of(options))[0], theirs, prompt)
 
 
 def test_corner_26_an_empty_prompt_is_the_begin_token() -> None:
@@ -422,7 +411,7 @@ def test_corner_26_an_empty_prompt_is_the_begin_token() -> None:
     raw = model.generate(
         bos_token_id=9, num_beams=3, max_new_tokens=5, do_sample=False, pad_token_id=0,
     )  # fmt: skip
-    answers, _, _ = search(after(model), [9], Rules(width=3, limit=5))
+    answers, _, _ = search(live_after(model), [9], Rules(width=3, limit=5))
     assert raw[0].tolist() == [9, *answers[0].tokens]
 
 
@@ -469,7 +458,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_answers() -> None:
     vocabulary, limit, end = 3, 4, 0
     for seed in range(20):
         rules = Rules(width=vocabulary**limit, limit=limit, ends=frozenset([end]), n=5)
-        logprobs = after(scripted(seed, vocabulary))
+        logprobs = live_after(scripted(seed, vocabulary))
         answers, _, _ = search(logprobs, [1], rules)
         scores = {}
         for tokens in product(range(vocabulary), repeat=limit):
@@ -482,7 +471,7 @@ def test_a_beam_as_wide_as_the_tree_finds_the_best_of_all_answers() -> None:
 
 def test_a_step_changes_nothing_that_was_there_before() -> None:
     model, rules = gpt2(2), Rules(width=4, limit=8, ends=frozenset([1]), exact_exit=False)
-    logprobs, state, states = after(model), begin(), []
+    logprobs, state, states = live_after(model), begin(), []
     while state.stop is None:
         rows = torch.stack([logprobs((3, *tokens_of(node))) for node in state.live])
         states.append((state, top(rows, rules.candidates), live_tokens(state), state.pool))
