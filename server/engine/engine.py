@@ -37,7 +37,8 @@ class Engine:
         self.info = info or {}  # what it says of itself
         self.answers = answers or {}  # what can be asked between two steps
         self._executor = executor
-        self._flying: deque[Callable[[], Output]] = deque()
+        self._flying: deque[tuple[int, Callable[[], Output]]] = deque()  # tokens, and the wait
+        self.pulse: Callable[[int], None] = _nothing  # told of the tokens that are waited for
 
     def submit(self, request: Request) -> None:
         """Queue it; raises Refused or Busy."""
@@ -52,11 +53,13 @@ class Engine:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
-            self._flying.append(self._launch(batch))
+            tokens = len(batch.tokens)
+            self.pulse(max([tokens, *(before for before, _ in self._flying)]))
+            self._flying.append((tokens, self._launch(batch)))
         if not self._flying:
             return self.scheduler.events()
         try:
-            output = self._flying.popleft()()
+            output = self._flying.popleft()[1]()
         except Exception as error:
             log.exception("A step failed")
             return self._give_up(error)
@@ -70,7 +73,7 @@ class Engine:
 
     def _give_up(self, error: Exception) -> list[Event]:
         """What was launched after a failed step computed on what that one left behind."""
-        for wait in self._flying:
+        for _, wait in self._flying:
             try:
                 wait()
             except Exception:
@@ -85,6 +88,9 @@ class Engine:
     @property
     def stats(self) -> Stats:
         return self.scheduler.stats
+
+
+def _nothing(tokens: int) -> None: ...
 
 
 def _raiser(error: Exception) -> Callable[[], Output]:

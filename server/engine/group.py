@@ -6,9 +6,12 @@ the same pages. n branches of a prompt, and a beam group that is computed again 
 grow from one stem in this way, each distinct token computed once.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeAlias
+
+from msgspec.structs import replace
 
 from server.engine.beam_group import BeamGroup
 from server.engine.drafts import Lookup
@@ -50,7 +53,7 @@ class Branch:
         first = len(prompt)
         if start >= first:
             return self.output[start - first : end - first]
-        return prompt[start:end] if end <= first else prompt[start:] + self.output[: end - first]
+        return prompt[start:end].tolist() + self.output[: max(end - first, 0)]
 
     def digests(self, count: int, size: int) -> list[bytes]:
         """The chain, at least as far as `count` pages."""
@@ -97,7 +100,9 @@ class Group:
     event: Event | None = None  # of the step that is being read
 
     def __post_init__(self) -> None:
-        self.prompt = self.request.prompt
+        # Four bytes a token, and nothing for the garbage collector to look through: thousands wait.
+        self.prompt = array("i", self.request.prompt)
+        self.request = replace(self.request, prompt=[])
         self.root = root(self.request.cache_salt)
         self.stops = frozenset(self.request.sampling.stops)
         self.text = self.blank.fork()  # beams: what is certain
@@ -107,6 +112,12 @@ class Group:
 
     def branch(self, index: int) -> Branch:
         return Branch(self, index, self.blank.fork(), len(self.prompt), self.draft)
+
+    @property
+    def tokens(self) -> int:
+        """What it can come to."""
+        width = self.request.beams.width if self.request.beams else self.request.n
+        return len(self.prompt) + width * self.request.max_tokens
 
     @property
     def living(self) -> list[Branch]:

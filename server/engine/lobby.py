@@ -8,17 +8,10 @@ from bisect import bisect_left, insort
 
 from server.engine.admission import Options
 from server.engine.group import Group
-from server.engine.request import Request
 from server.errors import DeadlineExceeded, KvistError, QueueFull, QueueTimeout
 
 REMEMBERED = 60.0  # seconds that a cancellation waits for its request …
 MOST_REMEMBERED = 4096  # … while there are not more of them
-
-
-def tokens(request: Request) -> int:
-    """What its branches can come to."""
-    width = request.beams.width if request.beams else request.n
-    return len(request.prompt) + width * request.max_tokens
 
 
 class Lobby:
@@ -37,10 +30,10 @@ class Lobby:
     def first(self) -> Group:
         return self._waiting[0][2]
 
-    def check(self, request: Request) -> None:
+    def check(self, group: Group) -> None:
         """Raise if there is no place for one more."""
-        most = len(self) and self._tokens + tokens(request) > self._most_tokens
-        if len(self) >= self._most or most:
+        full = len(self) and self._tokens + group.tokens > self._most_tokens
+        if len(self) >= self._most or full:
             raise QueueFull(
                 f"{len(self)} requests that can come to {self._tokens} tokens wait already, and"
                 f" the queue holds {self._most} or {self._most_tokens}: try again later."
@@ -58,12 +51,12 @@ class Lobby:
 
     def enter(self, group: Group) -> None:
         insort(self._waiting, (group.key, group.number, group))
-        self._tokens += tokens(group.request)
+        self._tokens += group.tokens
 
     def leave(self, group: Group) -> None:
         """It begins, or begins again."""
         del self._waiting[bisect_left(self._waiting, (group.key, group.number))]
-        self._tokens -= tokens(group.request)
+        self._tokens -= group.tokens
         self._stop(group, group.request.queue_timeout, waiting=True)
 
     def end(self, group: Group, waits: bool) -> None:

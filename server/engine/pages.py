@@ -15,9 +15,9 @@ may still write them. Who calls this keeps two rules: publish only what an ended
 and write only pages that are `own`.
 """
 
+from array import array
 from collections.abc import Iterable
 from hashlib import sha256
-from struct import pack
 
 
 def root(salt: str) -> bytes:
@@ -25,9 +25,9 @@ def root(salt: str) -> bytes:
     return sha256(salt.encode("utf-8", "surrogatepass")).digest()
 
 
-def link(parent: bytes, tokens: list[int]) -> bytes:
+def link(parent: bytes, tokens: Iterable[int]) -> bytes:
     """The digest of a full page that follows the page, or the root, `parent`."""
-    return sha256(parent + pack(f"<{len(tokens)}i", *tokens)).digest()
+    return sha256(parent + array("i", tokens).tobytes()).digest()
 
 
 class Pages:

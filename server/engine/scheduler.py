@@ -78,8 +78,8 @@ class Scheduler:
             if request.id in self._groups:
                 raise Duplicate(f"A request with the id {request.id!r} is here already.")
             admission.check(request, self.options, self.pages.count, self.pages.size)
-            self._lobby.check(request)
             group = self._group(request)
+            self._lobby.check(group)
         except KvistError as error:
             _count(self._stats.rejected, error.code)
             raise
@@ -126,6 +126,7 @@ class Scheduler:
         self._lobby.end(group, waits=not runs)
         if runs:
             self._leave(group)
+        group.branches, group.buds = [], []  # no cycle is left for the garbage collector
         del self._groups[group.request.id]
 
     def _leave(self, group: Group) -> None:
@@ -241,7 +242,7 @@ class Scheduler:
         """What may come next, within the pages that nobody else will miss."""
         pages, group = self.pages, branch.group
         if branch.lookup is None:
-            branch.lookup = Lookup(group.prompt + branch.output)
+            branch.lookup = Lookup(group.prompt.tolist() + branch.output)
         room = len(branch.pages) * pages.size - branch.computed
         if pages.available > self.options.seats - len(self._seats):
             room += pages.size
@@ -509,7 +510,7 @@ def _rank(group: Group) -> tuple[bool, float, int]:
 def _seat(branch: Branch) -> Seat:
     group, sampling = branch.group, branch.group.request.sampling
     back = sampling.looks_back
-    prompt, output = (group.prompt, list(branch.output)) if back else ([], [])
+    prompt, output = (group.prompt.tolist(), list(branch.output)) if back else ([], [])
     return Seat(branch.seat, sampling, branch.index, prompt, output, len(group.prompt))
 
 
