@@ -126,7 +126,7 @@ def test_attention_does_not_know_chunks(chunk: int) -> None:
 @pytest.mark.parametrize("normed", [False, True])
 def test_store(interleaved: bool, normed: bool) -> None:
     parts = chance(6, (4 + 2 + 2) * 24).split((96, 48, 48), -1)
-    query, key, value = (part.unflatten(-1, (-1, 24)) for part in parts)  # type: ignore[no-untyped-call]
+    query, key, value = (part.unflatten(-1, (-1, 24)) for part in parts)
     weight = chance(24, seed=5) if normed else None
     slots = torch.tensor([5, 6, -1, 17, 0, 30])
     how: dict[str, Any] = {
