@@ -18,7 +18,7 @@ def generate(
     """At most `count` ids after the prompt, the likeliest ones when the temperature is 0."""
     random = torch.Generator().manual_seed(seed)
     pages = -(-(len(prompt) + count) // PAGE)
-    cache = Cache(decoder.config, pages, dtype=decoder.embed.weight.dtype)
+    cache = Cache(decoder.config, pages, dtype=next(decoder.parameters()).dtype)
     written, ids, answer = 0, prompt, list[int]()
     while len(answer) < count:
         hidden = decoder(torch.tensor(ids), _row(written, len(ids), pages), cache)

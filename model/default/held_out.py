@@ -106,7 +106,8 @@ def verdict(prompt: str, completion: str) -> str:
     ones, and what follows the last one could still become a statement. "unfinished": the opened
     statement could still become one, but is not full yet. All else is wrong.
     """
-    lines = (prompt + completion).splitlines(keepends=True)[:-1]
+    lines = (prompt + completion).splitlines(keepends=True)
+    lines = lines if lines[-1].endswith("\n") else lines[:-1]
     opened = len(prompt.splitlines())
     full = next((n for n in range(len(lines), opened - 1, -1) if parses("".join(lines[:n]))), 0)
     if not _could_go_on("".join(lines)):
