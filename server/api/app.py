@@ -8,7 +8,7 @@ from server.api import admin, embeddings, generate, tokens
 from server.api.docs import describe
 from server.api.door import Door
 from server.api.front import Front
-from server.api.replies import on_http_error, on_kvist_error
+from server.api.replies import on_bug, on_http_error, on_kvist_error
 from server.errors import KvistError
 from server.version import VERSION
 
@@ -29,10 +29,10 @@ def build(front: Front) -> ASGIApp:
         redirect_slashes=False,
     )
     app.state.front = front
-    for routes in (generate, tokens, embeddings, admin):
-        app.include_router(routes.routes)
-    app.include_router(admin.keyed)
+    for router in (generate.routes, tokens.routes, embeddings.routes, admin.routes, admin.keyed):
+        app.router.routes.extend(router.routes)
     app.add_exception_handler(KvistError, on_kvist_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
     describe(app)
     return Door(app, front)

@@ -38,20 +38,20 @@ class Asked:
 def completion(served: Served, body: CompletionBody, name: str, salt: str) -> Asked:
     """`name` is the answer's id; `salt` parts the caches of keys."""
     served.check_name(body.model)
-    _check_branches(served, body, len(body.prompt))
+    width = _width(served, body, len(body.prompt))
     if body.max_tokens == 0 and not body.echo:
         raise InvalidField("'max_tokens' may be 0 only with 'echo'.", "max_tokens")
     if body.echo and body.suffix is not None:
         raise InvalidField("'echo' and 'suffix' exclude each other.", "echo")
     sent = body.max_tokens if "max_tokens" in body.model_fields_set else None
     prompts = completion_prompts(served, body)
-    rooms = [room(served, prompt, sent, 16) for prompt in prompts]
+    rooms = [room(served, prompt, sent, 16, width) for prompt in prompts]
     return _asked(served, body, name, salt, prompts, rooms, body.logprobs, body.echo)
 
 
 def chat(served: Served, body: ChatBody, name: str, salt: str) -> Asked:
     served.check_name(body.model)
-    _check_branches(served, body, 1)
+    width = _width(served, body, 1)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidField("'top_logprobs' needs 'logprobs': true.", "top_logprobs")
     both = {body.max_tokens, body.max_completion_tokens} - {None}
@@ -59,12 +59,12 @@ def chat(served: Served, body: ChatBody, name: str, salt: str) -> Asked:
         raise InvalidField("'max_tokens' and 'max_completion_tokens' differ.", "max_tokens")
     prompt = chat_prompt(served, body)
     top = (body.top_logprobs or 0) if body.logprobs else None
-    rooms = [room(served, prompt, next(iter(both), None), None)]
+    rooms = [room(served, prompt, next(iter(both), None), None, width)]
     return _asked(served, body, name, salt, [prompt], rooms, top, False)
 
 
-def _check_branches(served: Served, body: Sampled, prompts: int) -> None:
-    """Before anything is tokenised: how much of it there may be."""
+def _width(served: Served, body: Sampled, prompts: int) -> int:
+    """The branches of each prompt; checked before anything is tokenised."""
     wide = beams.width(body) or max(beams.choices(body), body.best_of or 1)
     most = served.limits.branches
     if prompts * wide > most:
@@ -72,6 +72,7 @@ def _check_branches(served: Served, body: Sampled, prompts: int) -> None:
         raise LimitExceeded(said, "n" if prompts == 1 else "prompt")
     if body.stream_options is not None and not body.stream:
         raise InvalidField("'stream_options' needs 'stream': true.", "stream_options")
+    return wide
 
 
 def _asked(

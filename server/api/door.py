@@ -9,12 +9,11 @@ from uuid import uuid4
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.front import Front
-from server.api.replies import refusal
+from server.api.replies import BROKEN, refusal
 from server.errors import KvistError, WrongHost
 
 ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 OPEN = ("/health/live", "/health/ready")  # probes name hosts as they like
-BROKEN = "Something broke in the server; its log knows more under this request's id."
 log = logging.getLogger("kvist.access")
 
 

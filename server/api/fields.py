@@ -7,7 +7,7 @@ that names the field, the value and what was expected.
 import difflib
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
@@ -51,6 +51,8 @@ def at_most(name: str) -> Callable[[Value, ValidationInfo], Value]:
     """The cap of `Limits` with this name, on a number or on a length."""
 
     def check(value: Value, info: ValidationInfo) -> Value:
+        if isinstance(value, str):
+            return value  # one string is a list of one, and `longest` looks at its length
         cap = getattr(_bounds(info).limits, name)
         size = len(value) if isinstance(value, Sized) else value
         if isinstance(size, int) and size > cap:
@@ -135,11 +137,50 @@ def parse(
     sent = {name: value for name, value in body.items() if value is not None or name == "prompt"}
     asked = {name: value for name, value in sent.items() if not _neutral(name, value, not_served)}
     warnings: list[str] = []
-    while True:
-        try:
-            return kind.model_validate(asked, context=bounds), warnings[:WARNED]
-        except ValidationError as error:
-            asked = _without_unknown(kind, asked, error, warnings, lenient)
+
+    def unknown(name: str, path: str, of: type[BaseModel]) -> None:
+        near = difflib.get_close_matches(name[:SHOWN], of.model_fields, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        error = UnknownField(f"There is no field {path[:SHOWN]!r}{hint}", path[:SHOWN])
+        if not lenient:
+            raise error
+        warnings.append(error.message)
+
+    try:
+        return kind.model_validate(_known(kind, asked, "", unknown), context=bounds), warnings
+    except ValidationError as error:
+        raise _error(error.errors(include_url=False)[0]) from None
+    finally:
+        del warnings[WARNED:]
+
+
+Unknown = Callable[[str, str, type[BaseModel]], None]
+
+
+def _known(kind: type[BaseModel], body: dict[str, Any], path: str, unknown: Unknown) -> Any:
+    """The body without what no field is for, here and in the objects inside."""
+    made = {}
+    for name, value in body.items():
+        field = kind.model_fields.get(name)
+        if field is None:
+            unknown(name, path + name, kind)
+        else:
+            made[name] = _inside(field.annotation, value, path + name, unknown)
+    return made
+
+
+def _inside(hint: Any, value: Any, path: str, unknown: Unknown) -> Any:
+    if not isinstance(value, dict | list):
+        return value
+    inner = next((x for x in get_args(hint) if isinstance(x, type)), None)
+    if inner is None or not issubclass(inner, BaseModel):
+        return value
+    if isinstance(value, dict):
+        return _known(inner, value, path + ".", unknown)
+    return [
+        _known(inner, one, f"{path}[{i}].", unknown) if isinstance(one, dict) else one
+        for i, one in enumerate(value)
+    ]
 
 
 def _neutral(name: str, value: Any, not_served: NotServed) -> bool:
@@ -150,33 +191,6 @@ def _neutral(name: str, value: Any, not_served: NotServed) -> bool:
     if any(type(value) is type(x) and value == x for x in neutral):
         return True
     raise UnsupportedField(f"{name!r} is not supported: {why}.", name)
-
-
-def _without_unknown(
-    kind: type[BaseModel],
-    body: dict[str, Any],
-    error: ValidationError,
-    warnings: list[str],
-    lenient: bool,
-) -> dict[str, Any]:
-    """What is left when unknown fields are only warned of; all else is an error."""
-    for wrong in error.errors(include_url=False):
-        said = _error(kind, wrong)
-        if not (lenient and isinstance(said, UnknownField)):
-            raise said from None
-        body = _without(body, wrong["loc"])
-        warnings.append(said.message)
-    return body
-
-
-def _without(box: Any, path: tuple[int | str, ...]) -> Any:
-    """The same tree without the field at this path; nothing of the client's own is changed."""
-    key, *rest = path
-    if isinstance(box, dict):
-        if not rest:
-            return {name: value for name, value in box.items() if name != key}
-        return box | {key: _without(box[key], tuple(rest))}
-    return [_without(item, tuple(rest)) if i == key else item for i, item in enumerate(box)]
 
 
 _WANTED = {
@@ -200,12 +214,10 @@ _BOUNDS = {
 }
 
 
-def _error(kind: type[BaseModel], error: ErrorDetails) -> KvistError:
+def _error(error: ErrorDetails) -> KvistError:
     path, what = _path(error["loc"]), error["type"]
     if what == "missing":
         return MissingField(f"{path!r} is missing.", path)
-    if what == "extra_forbidden":
-        return UnknownField(_unknown(kind, path), path)
     if what in _BOUNDS:
         name, phrase = _BOUNDS[what]
         wanted = phrase.format(error.get("ctx", {}).get(name))
@@ -228,9 +240,3 @@ def _path(loc: tuple[int | str, ...]) -> str:
 
 
 _BRANCHES = {"str", "int", "float", "bool"}
-
-
-def _unknown(kind: type[BaseModel], path: str) -> str:
-    near = difflib.get_close_matches(path[:SHOWN], kind.model_fields, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"There is no field {path[:SHOWN]!r}{hint}"

@@ -165,15 +165,16 @@ def _call(call: dict[str, Any], path: str) -> dict[str, Any]:
     return call | {"function": function | {"arguments": arguments}}
 
 
-def room(served: Served, prompt: Prompt, asked: int | None, default: int | None) -> int:
-    """How many tokens the answer may have."""
-    size, most = len(prompt.ids), min(served.context, served.capacity)
-    wanted = asked if asked is not None else min(default or most, max(1, most - size))
+def room(served: Served, prompt: Prompt, asked: int | None, default: int | None, width: int) -> int:
+    """How many tokens each of `width` branches may have; unasked, as many as surely fit."""
+    size = len(prompt.ids)
+    fits = min(served.context - size, (served.capacity - size) // width)
+    wanted = asked if asked is not None else max(1, min(default or fits, fits))
     if size + wanted > served.context:
         raise TooLong(
             f"This model's maximum context length is {served.context} tokens, but the prompt has"
             f" {size} and the answer may have {wanted}; shorten one of them.",
-            "max_tokens" if size < served.context else "messages_or_prompt",
+            "max_tokens" if asked and size < served.context else None,
         )
     if size + wanted > served.capacity:
         raise TooLong(

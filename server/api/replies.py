@@ -9,6 +9,8 @@ from starlette.responses import Response
 from server.api.shapes import encode
 from server.errors import InvalidKey, KvistError, NotFound, Refused, WrongMethod
 
+BROKEN = "Something broke in the server; its log knows more under this request's id."
+
 
 def said(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(encode(body), status, headers, "application/json")
@@ -45,3 +47,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if error.headers and "allow" in (lower := {k.lower(): v for k, v in error.headers.items()}):
         response.headers["allow"] = lower["allow"]
     return response
+
+
+async def on_bug(request: Request, error: Exception) -> Response:  # noqa: ARG001
+    """The log knows more; the client learns only that it was not its fault."""
+    return refusal(KvistError(BROKEN))

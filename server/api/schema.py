@@ -7,7 +7,8 @@ The caps come from `Limits`, by name, through the validation context.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from annotated_types import Len
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 from server.api.fields import NotServed, at_most, in_vocabulary, longest, no_empty, prompts, strings
 
@@ -18,15 +19,27 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
 
 
-def capped(name: str) -> AfterValidator:
-    return AfterValidator(at_most(name))
+def capped(name: str) -> BeforeValidator:
+    """At most as `Limits` say; a list or object is not even looked into when it has more."""
+    return BeforeValidator(at_most(name))
 
 
+class _First(FailFast):
+    """A list with a wrong entry is not looked through for more."""
+
+    def __hash__(self) -> int:
+        return hash(_First)
+
+
+FIRST = _First()
 Count = Annotated[int, Field(ge=1)]
 Known = AfterValidator(in_vocabulary)
-Ids = Annotated[list[int], capped("stop_ids"), Known]
-Texts = Annotated[list[str], BeforeValidator(strings), AfterValidator(no_empty)]
+Many = Annotated[list[int], FIRST, Known]
+Some = Annotated[list[int], FIRST, Len(1), Known]
+Ids = Annotated[Many, capped("stop_ids")]
+Texts = Annotated[list[str], FIRST, BeforeValidator(strings), AfterValidator(no_empty)]
 Short = Annotated[Texts, AfterValidator(longest("stop_bytes"))]
+Parts = Annotated[list[dict[str, Any]], FIRST]
 Shown = Annotated[int, Field(ge=0), capped("logprobs")]
 Width = Annotated[Count, capped("beam_width")]
 
@@ -68,7 +81,7 @@ class Sampled(Strict):
     ignore_eos: bool = False
     stop_token_ids: Ids = []
     bad_words: Annotated[Short, capped("stop_ids")] = []
-    allowed_token_ids: Annotated[list[int], Field(min_length=1), Known] | None = None
+    allowed_token_ids: Annotated[list[int], FIRST, Field(min_length=1), Known] | None = None
     prompt_logprobs: Shown | None = None
     return_token_ids: bool = False
     include_stop_str_in_output: bool = False
@@ -105,15 +118,18 @@ class CompletionBody(Sampled):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Parts | None = None
     name: str | None = None
     refusal: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Parts | None = None
     tool_call_id: str | None = None
 
 
+Messages = Annotated[list[Message], FIRST, Len(1), capped("messages")]
+
+
 class ChatBody(Sampled):
-    messages: Annotated[list[Message], Field(min_length=1), capped("messages")]
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -139,7 +155,7 @@ class EmbeddingBody(Strict):
 class TokenizeBody(Strict):
     model: str | None = Field(None, max_length=4096)
     prompt: str | None = None
-    messages: Annotated[list[Message], capped("messages")] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -148,7 +164,7 @@ class TokenizeBody(Strict):
 
 class DetokenizeBody(Strict):
     model: str | None = Field(None, max_length=4096)
-    tokens: Annotated[list[int], Known]
+    tokens: Many
     skip_special_tokens: bool = False
 
 

@@ -15,13 +15,13 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.answer import Answer, Delta, fold
 from server.api.front import Engine, Front
+from server.api.replies import BROKEN
 from server.api.shapes import Shape, encode, event
 from server.engine.request import Event, Request
 from server.errors import Cancelled, Draining, KvistError, from_code
 from server.metrics import Meter
 
 QUIET = 15.0  # seconds until a comment says that the stream is alive
-BROKEN = "Something broke in the server; its log knows more under this request's id."
 STOPPED = "The server stopped before the answer was complete."
 log = logging.getLogger("kvist.api")
 
