@@ -184,7 +184,7 @@ def attention(
     **_: Any,
 ) -> Tensor:
     """As `kernels.attention`, in float32."""
-    (_, heads, dim), (kv_heads, page) = query.shape, keys.shape[1:3]
+    (heads, dim), (kv_heads, page) = query.shape[1:], keys.shape[1:3]
     out = torch.empty(query.shape)
     table = page_table.contiguous()
     where = starts, lengths, table

@@ -73,11 +73,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    limits = [_read_int("/sys/fs/cgroup/memory.max")]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            limits.append(int(line.split()[1]) * 1024)
-    return min(limit for limit in limits if limit is not None)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    here = next(line for line in lines if line.startswith("MemAvailable:"))
+    limit = _read_int("/sys/fs/cgroup/memory.max")
+    available = int(here.split()[1]) * 1024
+    return available if limit is None else min(available, limit)
 
 
 def _read_int(path: str) -> int | None:
