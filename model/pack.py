@@ -56,6 +56,8 @@ def pack_decoder(decoder: Decoder, int8_head: bool = False) -> None:
     decoder.embed = Lookup(head if decoder.head is None else table)
     bias = None if decoder.head is None else getattr(decoder.head, "bias", None)
     decoder.head = PackedLinear(head, bias)
+    for parameter in decoder.parameters():  # what is left: norms, experts, learned positions
+        parameter.data = parameter.data.float()
 
 
 def _packed(weight: Weight) -> Packed | None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from kernels import native
+from kernels import backend, native
 from kernels.backend import Choice, Probe, verify
 from model import device as machine
 from model.cache import PAGE, Cache
@@ -41,26 +41,34 @@ def start(
     device: str = "auto",
     dtype: str = "auto",
     quantize: Literal["none", "int8"] = "none",
-    context: int = 0,
-    pages: int = 0,
+    context: int | None = None,
+    pages: int | None = None,
     page_size: int = PAGE,
     memory: float = 0.9,
     rows: int = 256,
     threads: int = 0,
+    kernels: str = "auto",
+    deterministic: bool = False,
 ) -> Ready:
-    """Zeros mean: the model's own context, as many pages as fit, a thread for each core."""
+    """Nothing means: the model's own context, as many pages as fit, a thread for each core."""
     began = time.monotonic()
+    backend.WISH = kernels
     torch.set_num_threads(threads or machine.cores())
     where = machine.pick_device(device)
-    decoder = load(folder, dtype=dtype, device=where, quantization=quantize, context=context)
+    decoder = load(folder, dtype=dtype, device=where, quantization=quantize, context=context or 0)
     config = decoder.config
     context = context or config.context
     stored = next(iter(decoder.parameters())).dtype
     parameters = sum(p.numel() for p in decoder.parameters())
-    ways = "torch"
-    if where.type == "cpu":
+    ways = ""
+    if where.type == "cpu" and kernels != "reference":
         ways = _enable_native(decoder, quantize == "int8")
-        stored = torch.float32  # what the CPU computes in
+        stored = stored if ways else torch.float32  # what native kernels compute in
+    if deterministic and (ways or where.type != "cpu"):
+        raise DoesNotFitError(
+            "--deterministic needs the native CPU kernels, whose sums do not depend on the batch; "
+            f"here, {ways or 'the device is a GPU, where large products are cuBLAS’s'}"
+        )
     pages = pages or _fitting(config, stored, where, memory, page_size, rows * context)
     cache = Cache(config, pages, page_size, stored, where)
     runner = Runner(decoder, cache, rows)
@@ -73,7 +81,7 @@ def start(
         "dtype": str(stored).removeprefix("torch."),
         "quantize": quantize,
         "threads": torch.get_num_threads(),
-        "native": ways,
+        "native": ways or "yes",
         "kernels": {choice.kernel: f"{choice.way}: {choice.reason}" for choice in choices},
         "pages": pages,
         "page_size": page_size,
@@ -85,11 +93,12 @@ def start(
 
 
 def _enable_native(decoder: Decoder, int8: bool) -> str:
+    """Why not; empty when it is done."""
     try:
         pack_decoder(decoder, int8_head=int8)
     except native.NotHere as why:
-        return f"torch's products: {why}"
-    return "native products"
+        return str(why)
+    return ""
 
 
 def _fitting(

@@ -1,108 +1,123 @@
-"""A real engine from plain options: what the engine's process, and the offline API, begin with."""
+"""From settings to an engine over a real network. Only the engine's own process imports this.
+
+The options are fields of `Settings` under their own names, as plain data.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from model.cache import PAGE, Rows
-from model.checkpoint import CheckpointError, generation, locate
-from model.runner import Runner
-from model.start import DoesNotFitError, start
+from model.cache import Rows
+from model.checkpoint import CheckpointError, locate
+from model.decoder import Decoder
+from model.start import DoesNotFitError, Ready, start
 from model.tokenizer import Tokenizer
 from server.engine.admission import Options
 from server.engine.engine import Engine
 from server.engine.pages import Pages
 from server.engine.request import Request
 from server.engine.text import Text
-from server.errors import SettingError
+from server.errors import InvalidField, ModelError, SettingError
 
 
-def build(
-    model: str | None = None,
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made of."""
+
+    folder: Path
+    ready: Ready
+    tokenizer: Tokenizer
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """Every id that ends a text."""
+        words = self.tokenizer.eos
+        return self.ready.config.eos or (() if words is None else (words,))
+
+    def text(self, request: Request) -> Text:
+        decoder = self.tokenizer.decoder(request.skip_special, continuing=True)
+        return Text(decoder, request.stop, request.include_stop)
+
+    def name(self, token: int) -> str:
+        return self.tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+
+def build(*, prefix_cache: bool = True, **options: Any) -> Engine:
+    """An engine, loaded and warm."""
+    parts, scheduling = assemble(**options)
+    return Engine(**kit(parts, scheduling, prefix_cache))
+
+
+def kit(parts: Parts, options: Options, prefix_cache: bool) -> dict[str, Any]:
+    """The arguments of `Engine`."""
+    ready = parts.ready
+    cache = ready.runner.cache
+    info = {
+        "model": parts.folder.name,
+        "folder": str(parts.folder),
+        "tokenizer": parts.tokenizer.engine,
+        "vocabulary": options.vocabulary,
+        "eos": list(parts.eos),
+        "rows": options.seats,
+        "step_tokens": options.budget,
+    }
+    return {
+        "executor": ready.runner,
+        "pages": Pages(ready.pages, cache.page_size, caching=prefix_cache),
+        "options": options,
+        "text": parts.text,
+        "name": parts.name,
+        "info": ready.about | info,
+        "answers": {"embed": _embedder(ready.runner.decoder, ready.runner.device)},
+    }
+
+
+def assemble(
     *,
+    model: str | None = None,
     tokenizer: str | None = None,
-    dtype: str = "auto",
-    quantize: Literal["none", "int8"] = "none",
-    context: int = 0,
-    device: str = "auto",
-    threads: int = 0,
-    memory: float = 0.9,
-    pages: int = 0,
-    page_size: int = PAGE,
     rows: int = 256,
     step_tokens: int = 2048,
-    prefix_cache: bool = True,
     draft: int = 0,
-    queue: int = 1024,
-    queue_tokens: int = 0,
-) -> Engine:
-    """Names and meanings are those of `Settings`. Raises SettingError."""
+    queue_requests: int = 1024,
+    queue_factor: float = 4.0,
+    **how: Any,
+) -> tuple[Parts, Options]:
+    """Load everything; raises ModelError for what is wrong with the model, else SettingError.
+    `how` are the arguments of `model.start.start`, under the names that settings have."""
     try:
         folder = locate(model)
-        words = Tokenizer.load(Path(tokenizer) if tokenizer else folder)
-        ready = start(
-            folder,
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            context=context,
-            pages=pages,
-            page_size=page_size,
-            memory=memory,
-            rows=rows,
-            threads=threads,
-        )
-    except (CheckpointError, DoesNotFitError, ValueError) as error:
+        words = Tokenizer.load(tokenizer or folder)
+        ready = start(folder, rows=rows, **how)
+    except DoesNotFitError as error:
         raise SettingError(str(error)) from error
-    ahead = int(ready.runner.device.type == "cuda")  # on a CPU nothing is won by not looking
+    except (CheckpointError, ValueError) as error:
+        raise ModelError(str(error)) from error
     options = Options(
         seats=rows,
         budget=step_tokens,
-        ahead=ahead,
-        queue=queue,
-        queue_tokens=queue_tokens,
+        ahead=int(ready.runner.device.type == "cuda"),  # a CPU gains nothing by not looking
+        queue=queue_requests,
+        queue_tokens=int(queue_factor * ready.pages * ready.runner.cache.page_size),
         draft=draft,
         context=ready.context,
         vocabulary=ready.config.vocabulary,
     )
-    return Engine(
-        ready.runner,
-        Pages(ready.pages, page_size, caching=prefix_cache),
-        options,
-        text=_texts(words),
-        name=lambda token: words.token_bytes(token).decode(errors="replace"),
-        info=ready.about
-        | {"model": str(folder), "eos": ends(folder, ready.config.eos, words), "rows": rows}
-        | {"vocabulary": ready.config.vocabulary, "tokenizer": words.engine},
-        answers={"embed": _embed(ready.runner)},
-    )
+    return Parts(folder, ready, words), options
 
 
-def ends(folder: Path, configured: tuple[int, ...], words: Tokenizer) -> list[int]:
-    """Every id that ends a text: generation_config.json knows best, then config.json."""
-    told = generation(folder).get("eos_token_id")
-    if told is not None:
-        return sorted(told) if isinstance(told, list) else [told]
-    return sorted(configured) or ([] if words.eos is None else [words.eos])
-
-
-def _texts(words: Tokenizer) -> Callable[[Request], Text]:
-    def text(request: Request) -> Text:
-        return Text(words.decoder(request.skip_special), request.stop, request.include_stop)
-
-    return text
-
-
-def _embed(runner: Runner) -> Callable[..., Any]:
-    """Texts as vectors, between two steps; they need no pages."""
-
+def _embedder(decoder: Decoder, device: torch.device) -> Callable[..., list[float]]:
     @torch.inference_mode()
-    def embed(prompt: list[int], pooling: str) -> list[float]:
-        tokens = torch.tensor(prompt, device=runner.device)
-        hidden = runner.decoder(tokens, Rows.alone([len(prompt)], runner.device)).float()
-        pooled = hidden[-1] if pooling == "last" else hidden.mean(0)
-        return pooled.tolist()
+    def embed(prompt: list[int], pooling: str = "mean") -> list[float]:
+        """The last layer's states of a text, as one vector."""
+        if pooling not in ("mean", "last"):
+            raise InvalidField(f"pooling is {pooling!r}: mean or last.", "pooling")
+        tokens = torch.tensor(prompt, dtype=torch.int64, device=device)
+        hidden = decoder(tokens, Rows.alone([len(prompt)], device), None).float()
+        vector: list[float] = (hidden.mean(0) if pooling == "mean" else hidden[-1]).tolist()
+        return vector
 
     return embed

@@ -1,0 +1,60 @@
+"""`python -m server generate`: one prompt, its continuation on the terminal as it comes."""
+
+import sys
+from dataclasses import dataclass
+from typing import TextIO
+
+from model.sampling import Sampling
+from server.blueprint import engine_options
+from server.config import Settings
+from server.engine.offline import Engine
+from server.engine.request import Beams, Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is asked of one continuation."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    beams: int = 1
+    stop: tuple[str, ...] = ()
+
+
+def run(settings: Settings, prompt: str, wish: Wish, out: TextIO = sys.stdout) -> int:
+    engine = Engine(**engine_options(settings))
+    ends = engine.parts.eos
+    sampling = Sampling(
+        temperature=wish.temperature,
+        top_k=wish.top_k,
+        top_p=wish.top_p,
+        min_p=wish.min_p,
+        repetition_penalty=wish.repetition_penalty,
+        seed=wish.seed,
+        stops=ends,
+    )
+    request = Request(
+        id="generate",
+        prompt=engine.parts.tokenizer.encode(prompt),
+        max_tokens=wish.max_tokens,
+        sampling=sampling,
+        eos=ends,
+        beams=Beams(width=wish.beams) if wish.beams > 1 else None,
+        stop=wish.stop,
+    )
+    engine.submit(request)
+    print(prompt, end="", file=out, flush=True)
+    while not engine.idle:
+        for event in engine.step():
+            if event.error:
+                print(f"\n{event.error}", file=sys.stderr)
+                return 1
+            for choice in event.choices:
+                print(choice.text, end="", file=out, flush=True)
+    print(file=out)
+    return 0
