@@ -43,7 +43,8 @@ class Tokenizer:
 
     def __init__(self, files: TokenFiles) -> None:
         self.names = files.names  # "eos_token" → "</s>" …: what chat templates are given
-        self.eos, self.bos = files.eos, files.bos
+        self.ends = files.eos  # ids that end a text, the tokenizer's own first
+        self.eos, self.bos = next(iter(files.eos), None), files.bos
         self.special = {t["content"]: t["id"] for t in files.added if t["special"]}
         parts = _build({**files.document, "model": TINY, "added_tokens": []})
         added = {token["id"]: _shown(token, parts) for token in files.added}
@@ -97,9 +98,9 @@ class Tokenizer:
         """`continuing`: the ids go on from a text, so the space before their first word counts."""
         return IncrementalDecoder(self._plain if skip_special else self._everything, continuing)
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, id: int) -> bytes:
         """What a token says in the middle of a text; nothing for an id that no token has."""
-        return self._everything.middle(token)
+        return self._everything.middle(id)
 
     def cut(self, text: str) -> list[tuple[str, int | None]]:
         """The text in parts: added tokens, special ones too, with their id; and what is between."""
