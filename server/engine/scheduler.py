@@ -77,7 +77,7 @@ class Scheduler:
         try:
             if request.id in self._groups:
                 raise Duplicate(f"A request with the id {request.id!r} is here already.")
-            admission.check(request, self.options, self.pages.count, self.pages.size)
+            self.check_request(request)
             group = self._group(request)
             self._lobby.check(group)
         except KvistError as error:
@@ -90,6 +90,10 @@ class Scheduler:
             self.cancel(request.id)
         elif group.last < 1:
             self._end_unsampled(group)
+
+    def check_request(self, request: Request) -> None:
+        """Raise Refused for what could not be served even if nobody else were here."""
+        admission.check(request, self.options, self.pages.count, self.pages.size)
 
     def _group(self, request: Request) -> Group:
         self._number += 1
