@@ -1,7 +1,7 @@
 """What the person who starts Kvist can decide, once: `Settings`, and its caps: `Limits`.
 
-A field here is a flag (`--queue-requests`), a variable (`KVIST_QUEUE_REQUESTS`) and a key of the
-settings file (`queue-requests`, in any or no table), with its help; `options.py` makes them.
+A field here is a flag (`--step-tokens`), a variable (`KVIST_STEP_TOKENS`) and a key of the settings
+file (`step-tokens`), with its help; `options.py` makes them. The caps are `--limit-n` and so on.
 """
 
 # ruff: noqa: RUF009 (`option` makes a field, as `field` does)

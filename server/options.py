@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -19,6 +19,7 @@ from server.errors import SettingError
 
 PREFIX = "KVIST_"
 CONFIG = "KVIST_CONFIG"
+LIMIT = "limit_"  # --limit-n, KVIST_LIMIT_N, and n in the table [limits]
 GROUPS = {
     "model": "what is served",
     "engine": "how it is computed",
@@ -80,24 +81,28 @@ _WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
 def options() -> Iterator[Option]:
     """Every field of Settings and of its Limits."""
-    for kind in (Settings, Limits):
-        hints = get_type_hints(kind)
-        for one in dataclasses.fields(kind):
+    for owner, prefix in ((Settings, ""), (Limits, LIMIT)):
+        hints = get_type_hints(owner)
+        for one in dataclasses.fields(owner):
             if one.name != "limits":
-                meta = one.metadata
-                inner = [x for x in get_args(hints[one.name]) if x is not NoneType]
-                optional = NoneType in get_args(hints[one.name])
-                bare = inner[0] if optional else hints[one.name]
-                yield Option(one.name, bare, one.default, meta["group"], meta["help"], meta["also"])
+                hint, meta = hints[one.name], one.metadata
+                inner = [x for x in get_args(hint) if x is not NoneType]
+                kind = inner[0] if NoneType in get_args(hint) else hint
+                yield Option(
+                    prefix + one.name, kind, one.default, meta["group"], meta["help"], meta["also"]
+                )
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """All options, in their groups; an absent flag leaves no trace, so that the rest can speak."""
-    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_help("model"))
+def add_flags(
+    parser: argparse.ArgumentParser, names: Iterable[str] = GROUPS, positional: bool = False
+) -> None:
+    """The options of some groups; an absent flag leaves no trace, so that the rest can speak."""
+    if positional:
+        parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=_help("model"))
     parser.add_argument("--config", metavar="FILE", help="a TOML file with any of these settings")
-    groups = {name: parser.add_argument_group(name, about) for name, about in GROUPS.items()}
+    groups = {name: parser.add_argument_group(name, GROUPS[name]) for name in names}
     for one in options():
-        if one.name == "model":
+        if one.group not in groups:
             continue
         shape: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": one.name}
         if one.kind is bool:
@@ -128,9 +133,8 @@ def settings(
     values = dict(_from_file(config or environ.get(CONFIG), known))
     values |= _from_variables(environ, known)
     values |= {key: known[key].read(flags[key], known[key].flag) for key in flags if key in known}
-    names = {one.name for one in dataclasses.fields(Limits)}
-    limits = Limits(**{key: values.pop(key) for key in sorted(values) if key in names})
-    made = Settings(**values, limits=limits)
+    caps = {key.removeprefix(LIMIT): values.pop(key) for key in [*values] if LIMIT in key}
+    made = Settings(**values, limits=Limits(**caps))
     check(made)
     return made
 
@@ -160,10 +164,12 @@ def _from_file(path: str | None, known: Mapping[str, Option]) -> dict[str, Any]:
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables are only for reading: `[limits] n = 4` is `n = 4`."""
+    """Tables are for readers: `[http] port = 1` is `port`, and `[limits] n = 4` is `limit_n`."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        flat |= value if name in GROUPS and isinstance(value, dict) else {name: value}
+        prefix = LIMIT if name == "limits" else ""
+        inside = isinstance(value, dict) and name in GROUPS
+        flat |= {prefix + key: one for key, one in value.items()} if inside else {name: value}
     return flat
 
 
@@ -195,6 +201,6 @@ def check(made: Settings) -> None:
 def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Settings from a command line alone, as tests and scripts want them."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_flags(parser)
+    add_flags(parser, positional=True)
     flags = vars(parser.parse_args(arguments))
     return settings(flags, environ, flags.get("config"))

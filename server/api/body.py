@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import Request
 
-from server.api.work import Pool
+from server.api.work import LARGE, Pool
 from server.config import Limits
 from server.errors import BodyTooLarge, MalformedBody, WrongMediaType
 
@@ -22,12 +22,18 @@ SHOWN = 80  # characters of a client's words in an error
 
 
 async def load(
-    request: Request, limits: Limits, pool: Pool, then: Callable[[dict[str, Any]], Read]
+    request: Request,
+    limits: Limits,
+    pool: Pool,
+    then: Callable[[dict[str, Any]], Read],
+    slow: bool = False,
 ) -> Read:
-    """`then` of the body's object; both off the loop when the body is large."""
+    """`then` of the body's object; both off the loop when the body is large, or `then` slow."""
     check_media_type(request)
     raw = await read(request, limits.body_bytes)
-    return await pool.run(len(raw), partial(_decode_then, raw, limits.json_depth, then))
+    return await pool.run(
+        LARGE if slow else len(raw), partial(_decode_then, raw, limits.json_depth, then)
+    )
 
 
 def _decode_then(raw: bytes, depth: int, then: Callable[[dict[str, Any]], Read]) -> Read:

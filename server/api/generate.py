@@ -44,7 +44,9 @@ async def _generate(
     front: Front = request.app.state.front
     meter = Meter(front.metrics, operation)
     served = front.open()
-    asked = await load(request, served.limits, front.pool, partial(read, front, served, salt))
+    slow = operation == "chat"  # a template is a program of the model's makers
+    work = partial(read, front, served, salt)
+    asked = await load(request, served.limits, front.pool, work, slow)
     first = asked.requests[0]
     meter.asked(sum(len(one.prompt) for one in asked.requests), asked.n, first.max_tokens)
     answer = Answer(asked)

@@ -7,7 +7,7 @@ from typing import Any
 
 from server.api.schema import ChatBody, CompletionBody, Message, Sampled, TokenizeBody
 from server.api.served import Served, fill_in_tokens
-from server.errors import InvalidField, KvistError, MissingField, TooLong, UnsupportedField
+from server.errors import InvalidField, MissingField, TooLong, UnsupportedField
 
 NO_TEMPLATE = (
     "This model has no chat template. Use /v1/completions, or start the server with"
@@ -69,56 +69,33 @@ def _cut(served: Served, body: Sampled, prompt: Prompt) -> Prompt:
 
 
 def chat_prompt(served: Served, body: ChatBody) -> Prompt:
-    text = render(served, body)
-    ids = served.words.encode(text, special=True, bos=body.add_special_tokens)
+    text, ids = render(served, body, **body.chat_template_kwargs)
     return _cut(served, body, Prompt(ids, text))
 
 
-RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
-
-
-def render(served: Served, body: ChatBody | TokenizeBody) -> str:
+def render(
+    served: Served, body: ChatBody | TokenizeBody, **more: str | float | bool
+) -> tuple[str, list[int]]:
     """The conversation as the model reads it."""
     if served.template is None:
         raise UnsupportedField(NO_TEMPLATE, "messages")
-    messages = [_message(served, i, one) for i, one in enumerate(body.messages or [])]
-    begin = body.add_generation_prompt and not body.continue_final_message
-    try:
-        text = served.template.render(messages, add_generation_prompt=begin, **_more(body))
-    except KvistError:
-        raise
-    except Exception as error:
-        wrong = f"The chat template refuses these messages{_why(error)}."
-        raise InvalidField(wrong, "messages") from None
-    return _open_end(text, messages) if body.continue_final_message else text
-
-
-def _more(body: ChatBody | TokenizeBody) -> dict[str, Any]:
-    """What else the template is given."""
     both = body.continue_final_message and body.add_generation_prompt
     if both and "add_generation_prompt" in body.model_fields_set:
         wrong = "'continue_final_message' and 'add_generation_prompt' exclude each other."
         raise InvalidField(wrong, "continue_final_message")
-    more = body.chat_template_kwargs if isinstance(body, ChatBody) else {}
-    if taken := RESERVED & more.keys():
-        wrong = f"'chat_template_kwargs' cannot set {min(taken)!r}."
-        raise InvalidField(wrong, "chat_template_kwargs")
-    return dict(more)
-
-
-def _why(error: Exception) -> str:
-    """What the template itself says; never what a library says."""
-    said = getattr(error, "template_message", None)
-    return f": {said}" if said else ""
-
-
-def _open_end(text: str, messages: list[dict[str, Any]]) -> str:
-    """The text up to the end of the last message, so that the model goes on inside it."""
-    last = messages[-1]["content"]
-    for content in (last, last.strip()):
-        if content and content in text:
-            return text[: text.rindex(content) + len(content)]
-    raise InvalidField("The last message is not in the rendered chat; it cannot go on.", "messages")
+    messages = [_message(served, i, one) for i, one in enumerate(body.messages or [])]
+    try:
+        return served.template.render_ids(
+            served.words,
+            messages,
+            add_generation_prompt=body.add_generation_prompt and not both,
+            continue_final_message=body.continue_final_message,
+            **more,
+        )
+    except (TypeError, ValueError) as error:  # its own words may be told, a library's not
+        said = getattr(error, "template_message", None)
+        wrong = f"The chat template refuses these messages{f': {said}' if said else '.'}"
+        raise InvalidField(wrong, "messages") from None
 
 
 def _message(served: Served, at: int, message: Message) -> dict[str, Any]:

@@ -136,7 +136,6 @@ class ChatBody(Sampled):
     top_logprobs: Shown | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    add_special_tokens: bool = False
     chat_template_kwargs: dict[str, str | int | float | bool] = {}
     safety_identifier: str | None = Field(None, description="as `user`")
     prompt_cache_key: str | None = Field(None, description="no effect here: one cache for all")

@@ -1,5 +1,6 @@
 """What the routes know of the model that is served."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ class Words(Protocol):
     @property
     def special(self) -> dict[str, int]: ...
     def encode(self, text: str, *, special: bool = False, bos: bool = True) -> list[int]: ...
-    def decode(self, ids: list[int], skip_special: bool = True) -> str: ...
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str: ...
     def token_bytes(self, id: int) -> bytes: ...
 
 
@@ -26,9 +27,9 @@ class Template(Protocol):
 
     source: str
 
-    def render(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **more: Any
-    ) -> str: ...
+    def render_ids(
+        self, tokenizer: Any, messages: list[dict[str, Any]], /, *args: Any, **more: Any
+    ) -> tuple[str, list[int]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,11 +33,13 @@ def _tokenize(front: Front, served: Served, raw: dict[str, Any]) -> dict[str, An
     served.check_name(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidField("Send 'prompt' or 'messages', one of them.", "prompt")
+    if body.messages is not None and "add_special_tokens" in body.model_fields_set:
+        wrong = "'add_special_tokens' is for a 'prompt'; a chat template says which there are."
+        raise InvalidField(wrong, "add_special_tokens")
     if body.messages is not None:
-        asked = "add_special_tokens" in body.model_fields_set and body.add_special_tokens
-        ids = served.words.encode(render(served, body), special=True, bos=asked)
+        _, ids = render(served, body)
     else:
-        ids = served.words.encode(body.prompt or "", special=False, bos=body.add_special_tokens)
+        ids = served.words.encode(body.prompt or "", bos=body.add_special_tokens)
     made: dict[str, Any] = {"count": len(ids), "max_model_len": served.context, "tokens": ids}
     if body.return_token_strs:
         made["token_strs"] = [_spelled(served, id) for id in ids]

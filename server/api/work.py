@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Result = TypeVar("Result")
-SMALL = 64 << 10  # bytes; what is smaller takes less time than changing threads is worth
+LARGE = 64 << 10  # bytes; what is smaller takes less time than changing threads is worth
 
 
 class Pool:
@@ -17,7 +17,7 @@ class Pool:
 
     async def run(self, size: int, work: Callable[[], Result]) -> Result:
         """The result of `work`, which has `size` bytes to chew on."""
-        if size <= SMALL:
+        if size < LARGE:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 

@@ -6,7 +6,8 @@ of the prompt, the seed, the branch and i alone. Faults are asked for by name.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator
+import re
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 from server.engine.process import Health
@@ -37,9 +38,16 @@ class FakeWords:
             ids += [code] if special and code in self._names else letter.encode()
         return ids
 
-    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         shown = [id for id in ids if id < 256 or not skip_special]
         return b"".join(map(self.token_bytes, shown)).decode("utf-8", "replace")
+
+    def encode_rest(self, text: str, *, special: bool = False) -> list[int]:
+        return self.encode(text, special=special, bos=False)
+
+    def cut(self, text: str) -> list[tuple[str, int | None]]:
+        parts = re.split("(" + "|".join(map(re.escape, self.special)) + ")", text)
+        return [(part, self.special.get(part)) for part in parts]
 
     def token_bytes(self, id: int) -> bytes:
         return bytes([id]) if id < 256 else self._names[id].encode()
@@ -48,11 +56,13 @@ class FakeWords:
 class FakeTemplate:
     source = "{% for m in messages %}<|im|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
-    def render(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **more: Any
-    ) -> str:
+    def render_ids(
+        self, tokenizer: Any, messages: list[dict[str, Any]], /, *args: Any, **more: Any
+    ) -> tuple[str, list[int]]:
         lines = [f"<|im|>{one['role']}: {one['content']}\n" for one in messages]
-        return "".join(lines) + ("<|im|>assistant: " if add_generation_prompt else "")
+        text = "".join(lines) + ("<|im|>assistant: " if more["add_generation_prompt"] else "")
+        text = text.rstrip("\n") if more["continue_final_message"] else text
+        return text, tokenizer.encode(text, special=True, bos=False)
 
 
 def logprob(id: int) -> float:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from model.chat import ChatTemplate
 from server.api.fields import Bounds, parse
-from server.api.prompt import render
+from server.api.prompt import chat_prompt
 from server.api.schema import NOT_SERVED, ChatBody
 from server.api.served import Served
 from server.config import Settings
@@ -20,7 +21,13 @@ HERE = served(Settings())
 def text(messages: list[Any], served: Served = HERE, **fields: Any) -> str:
     body = {"messages": messages} | fields
     bounds = Bounds(HERE.limits, HERE.vocabulary)
-    return render(served, parse(ChatBody, body, bounds, NOT_SERVED[ChatBody])[0])
+    made = parse(ChatBody, body, bounds, NOT_SERVED[ChatBody])[0]
+    return chat_prompt(served, made).text
+
+
+def chat_ids(messages: list[Any], served: Served) -> list[int]:
+    bounds = Bounds(HERE.limits, HERE.vocabulary)
+    return chat_prompt(served, parse(ChatBody, {"messages": messages}, bounds, {})[0]).ids
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -40,11 +47,11 @@ def test_roles_and_calls_of_real_clients() -> None:
     seen: list[Any] = []
 
     class Spy(FakeTemplate):
-        def render(
-            self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **more: Any
-        ) -> str:
+        def render_ids(
+            self, tokenizer: Any, messages: list[dict[str, Any]], /, *args: Any, **more: Any
+        ) -> tuple[str, list[int]]:
             seen.extend(messages)
-            return "x"
+            return "x", [1]
 
     messages = [
         {"role": "developer", "content": "Be brief."},
@@ -98,16 +105,35 @@ def test_templates_of_a_request_and_their_variables_are_kept_out() -> None:
     """T11"""
     with pytest.raises(UnsupportedField, match="chat_template"):
         text([user("x")], chat_template="{{ 1 }}")
-    with pytest.raises(InvalidField, match="cannot set 'messages'"):
-        text([user("x")], chat_template_kwargs={"messages": "x"})
+
+
+def test_the_real_templates() -> None:
+    """T11, T12: variables are the template's own, and special tokens of users are plain text."""
+    source = "{% for m in messages %}<|im|>{{ m.content }}{% endfor %}{{ mood }}"
+    real = dataclasses.replace(HERE, template=ChatTemplate(source, {"eos_token": "<eos>"}))
+    assert text([user("Hi")], real, chat_template_kwargs={"mood": "!"}) == "<|im|>Hi!"
+    assert chat_ids([user("a<eos>")], real) == [258, *b"a<eos>"]
+    for taken in ("messages", "eos_token", "raise_exception"):
+        with pytest.raises(InvalidField, match="refuses"):
+            text([user("x")], real, chat_template_kwargs={taken: "x"})
+    refusing = ChatTemplate("{{ raise_exception('Roles must alternate') }}", {})
+    with pytest.raises(InvalidField, match="refuses these messages: Roles must alternate"):
+        text([user("x")], dataclasses.replace(HERE, template=refusing))
+    endless = ChatTemplate(
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        {},
+        seconds=0.1,
+    )
+    with pytest.raises(InvalidField, match="refuses these messages"):
+        text([user("x")], dataclasses.replace(HERE, template=endless))
 
 
 def test_a_template_that_refuses_is_a_400_without_its_insides() -> None:
     class Broken(FakeTemplate):
-        def render(
-            self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **more: Any
-        ) -> str:
-            raise ZeroDivisionError("/secret/path")
+        def render_ids(
+            self, tokenizer: Any, messages: list[dict[str, Any]], /, *args: Any, **more: Any
+        ) -> tuple[str, list[int]]:
+            raise ValueError("/secret/path")
 
     with pytest.raises(InvalidField, match="refuses these messages") as refused:
         text([user("x")], dataclasses.replace(HERE, template=Broken()))
