@@ -1,0 +1,161 @@
+"""How long a checkpoint takes to load, against reading its files.
+
+    python -m benchmarks.loading [--shape 1b] [--folder on-that-disk] [--rounds 3] [--threads 1]
+
+A checkpoint of noise in bfloat16 and in shards is written to a temporary folder. Its files are
+then read, and loaded, in turns and in one process, from a warm page cache: a disk that is slower
+than memory hides what this looks for. `into fresh memory` is the fair rival, as weights must be
+somewhere; `through one buffer` is what nothing that keeps what it reads can reach.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import transformers
+from tqdm import tqdm
+
+from model.weights import load
+
+SHAPES = {
+    "small": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+}
+SHARD = 500 << 20
+Seconds = tuple[float, float]  # by the clock, and of work, which neighbours do not lengthen
+READ, BUFFERED = "read into fresh memory", "read through one buffer"
+LOAD = "load as bfloat16"
+
+
+def write(folder: Path, shape: str) -> None:
+    """Llama 3.2 1B's shape, or half its width."""
+    config = transformers.LlamaConfig(
+        vocab_size=128_256 if shape == "1b" else 32_000,
+        num_attention_heads=SHAPES[shape]["hidden_size"] // 64,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+        **SHAPES[shape],
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        tensors = transformers.LlamaForCausalLM(config).state_dict()
+    del tensors["lm_head.weight"]
+    noise = torch.randn(1 << 20, dtype=torch.bfloat16)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    names = {}
+    for name, meta in tqdm(tensors.items(), desc="making weights"):
+        if sum(tensor.nbytes for tensor in shards[-1].values()) > SHARD:
+            save(folder, shards)
+        repeats = -(-meta.numel() // len(noise))
+        shards[-1][name] = noise.repeat(repeats)[: meta.numel()].view(meta.shape)
+        names[name] = shard_name(len(shards))
+    save(folder, shards)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def shard_name(number: int) -> str:
+    return f"model-{number:05}.safetensors"
+
+
+def save(folder: Path, shards: list[dict[str, torch.Tensor]]) -> None:
+    """Writes the last shard and begins another."""
+    safetensors.torch.save_file(shards[-1], folder / shard_name(len(shards)))
+    shards[-1].clear()
+    shards.append({})
+
+
+def read_fresh(files: list[Path]) -> object:
+    kept = []
+    for path in files:
+        kept.append(np.empty(path.stat().st_size, np.uint8))  # numpy asks for huge pages too
+        fill(path, kept[-1].data)
+    return kept
+
+
+def read_buffered(files: list[Path]) -> None:
+    buffer = memoryview(bytearray(16 << 20))
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def fill(path: Path, memory: memoryview) -> None:
+    with path.open("rb", buffering=0) as file:
+        done = 0
+        while count := file.readinto(memory[done:]):
+            done += count
+
+
+def measure(folder: Path, rounds: int) -> dict[str, list[Seconds]]:
+    """Seconds of every way, in turns, so that a slow moment hits all of them. The first round is
+    left out: a virtual machine gets memory that it never used from its host, at 0.3 GB/s."""
+    files = sorted(folder.glob("*.safetensors"))
+    ways: dict[str, Callable[[], object]] = {
+        BUFFERED: lambda: read_buffered(files),
+        READ: lambda: read_fresh(files),
+        LOAD: lambda: load(folder, dtype="bfloat16"),
+        "load as float32": lambda: load(folder, dtype="float32"),
+        "load as int8": lambda: load(folder, dtype="bfloat16", quantization="int8"),
+    }
+    seconds: dict[str, list[Seconds]] = {way: [] for way in ways}
+    for _ in tqdm(range(rounds + 1), desc="rounds"):
+        for way, run in ways.items():
+            begin, busy = time.perf_counter(), time.process_time()
+            kept = run()
+            seconds[way].append((time.perf_counter() - begin, time.process_time() - busy))
+            del kept
+    return {way: every[1:] for way, every in seconds.items()}
+
+
+def report(size: int, seconds: dict[str, list[Seconds]], conditions: dict[str, Any]) -> None:
+    medians = {
+        way: [statistics.median(times) for times in zip(*every, strict=True)]
+        for way, every in seconds.items()
+    }
+    print(f"\n{'':26}{'s':>8}{'GB/s':>8}{'CPU s':>8}{'× reading':>12}{'in CPU s':>10}")
+    for way, (wall, cpu) in medians.items():
+        ratios = f"{wall / medians[READ][0]:12.2f}{cpu / medians[READ][1]:10.2f}"
+        print(f"{way:26}{wall:8.3f}{size / wall / 1e9:8.2f}{cpu:8.3f}{ratios}")
+    wall, cpu = (ours / read for ours, read in zip(medians[LOAD], medians[READ], strict=True))
+    found = {"benchmark": "loading", "ratio": round(wall, 3), "cpu_ratio": round(cpu, 3)}
+    times = {way: [round(value, 4) for value in pair] for way, pair in medians.items()}
+    print(json.dumps(found | {"seconds": times} | conditions))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--folder", help="where the temporary folder is made")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        write(Path(name), given.shape)
+        size = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
+        seconds = measure(Path(name), given.rounds)
+    conditions = {
+        "shape": given.shape,
+        "bytes": size,
+        "threads": given.threads,
+        "cpus": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "rounds": given.rounds,
+    }
+    report(size, seconds, conditions)
+
+
+if __name__ == "__main__":
+    main()
