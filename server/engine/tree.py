@@ -23,6 +23,10 @@ class Node(msgspec.Struct, frozen=True, eq=False):
     rank: int  # of the token in its row: 1 is the likeliest
     rivals: tuple[tuple[int, float], ...] = ()  # the row's likeliest, when asked for
 
+    def __repr__(self) -> str:
+        """Without its ancestors, each of which would show two more."""
+        return f"Node({self.number}, token={self.token}, sum={self.sum}, length={self.length})"
+
 
 def root() -> Node:
     """The prompt."""
