@@ -17,6 +17,7 @@ from kernels.topk import top_logprobs
 from model.batch import LAST_SAMPLE, Batch, Ints, Output
 from model.cache import Cache, Rows
 from model.decoder import Decoder
+from model.graphs import Graphs
 from model.seats import Seats
 
 INTS = torch.int32
@@ -31,11 +32,17 @@ LOGIT_ROWS = 256  # of prompts' log-probabilities at once: 155 MB at a vocabular
 class Runner:
     """The `Executor` of a real network."""
 
-    def __init__(self, decoder: Decoder, cache: Cache, seats: int) -> None:
+    def __init__(
+        self, decoder: Decoder, cache: Cache, seats: int, graphs: bool | None = None
+    ) -> None:
+        """graphs: decode by CUDA graphs, or rehearse it elsewhere; None: where there is CUDA."""
         self.decoder, self.cache = decoder, cache
         self.device = cache.pages.device
         self.seats = Seats(seats, decoder.config.vocabulary, self.device)
-        self.last = torch.zeros(seats, dtype=torch.int64, device=self.device)  # sampled, by seat
+        # What each seat sampled last, and a seat for padding.
+        self.last = torch.zeros(seats + 1, dtype=torch.int64, device=self.device)
+        wanted = self.device.type == "cuda" if graphs is None else graphs
+        self.graphs = Graphs(decoder, cache, self.seats, self.last) if wanted else None
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Callable[[], Output]:
@@ -45,6 +52,8 @@ class Runner:
             self.seats.fork(batch.forks)
         if len(batch.copies):
             copy_pages(self.cache.pages, self._up(batch.copies))
+        if self.graphs is not None and self.graphs.fits(batch):
+            return self._down(self._replay(self.graphs, batch))
         row, positions = _places(batch)
         rows = self._rows(batch, row, positions)
         owners = batch.seats[row]
@@ -55,6 +64,11 @@ class Runner:
         found |= self._beams(batch, hidden, positions)
         found["bad"] = hidden[rows.starts[1:].long() - 1].isnan().any(-1)
         return self._down(found)
+
+    def _replay(self, graphs: Graphs, batch: Batch) -> dict[str, Tensor]:
+        step = graphs.run(batch)
+        found = {"tokens": step["tokens"], "bad": step["hidden"].isnan().any(-1)}
+        return found | self._logprobs(batch, step["logits"], step["tokens"])
 
     def _up(self, array: Ints) -> Tensor:
         tensor = torch.from_numpy(array)
@@ -89,13 +103,15 @@ class Runner:
         logits = self.decoder.logits(hidden[self._up(batch.sample_at).long()])
         at = positions[batch.sample_at] + 1
         tokens = self.seats.sample(logits, batch.sample_seat, at)
-        last = tokens.clamp(min=0)  # −1 is no id: nothing could be drawn
-        self.last[self._up(batch.sample_seat).long()] = last
-        found = {"tokens": tokens}
-        if batch.logprobs:
-            names = ("top_logprobs", "top_tokens", "logprobs", "ranks")
-            found |= zip(names, top_logprobs(logits, batch.top, last), strict=True)
-        return found
+        self.last[self._up(batch.sample_seat).long()] = tokens.clamp(min=0)
+        return {"tokens": tokens} | self._logprobs(batch, logits, tokens)
+
+    def _logprobs(self, batch: Batch, logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Of the drawn tokens; −1 is no id: nothing could be drawn."""
+        if not batch.logprobs:
+            return {}
+        names = ("top_logprobs", "top_tokens", "logprobs", "ranks")
+        return dict(zip(names, top_logprobs(logits, batch.top, tokens.clamp(min=0)), strict=True))
 
     def _score(self, batch: Batch, hidden: Tensor) -> dict[str, Tensor]:
         """Prompts' log-probabilities, some rows of logits at a time."""
@@ -120,12 +136,13 @@ class Runner:
 
     def _down(self, found: dict[str, Tensor]) -> Callable[[], Output]:
         """Everything to the host in the background; the rest of `Output` is empty."""
-        landed = {
-            name: tensor.to("cpu", INTS if name not in FLOATS else None, non_blocking=True)
-            for name, tensor in found.items()
-        }
-        event = None
-        if self.device.type == "cuda":
+        event, pinned = None, self.device.type == "cuda"
+        landed = {}
+        for name, tensor in found.items():
+            dtype = torch.float32 if name in FLOATS else INTS
+            landed[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=pinned)
+            landed[name].copy_(tensor, non_blocking=True)
+        if pinned:
             event = torch.cuda.Event()
             event.record()
 

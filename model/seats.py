@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.sampling import branch_key, penalise, sample, uniform_bits
+from kernels.penalties import penalise
+from kernels.sampling import branch_key, sample, uniform_bits
 from kernels.topk import top_logprobs
 from model.batch import Seat
 from model.shelf import Shelf
@@ -117,6 +118,14 @@ class Seats:
             self.words[seat] = _as_words(words)
             self.history.widen(len(past))
             self.history.take(seat)[: len(past)] = self._up(past)
+
+    def plain(self, seats: Ints) -> bool:
+        """Whether nothing but settings bears on their draws: no past, no mask, no bias, no ban."""
+        held = (self.counts, self.history, self.masks)
+        return not (
+            any((shelf.slots[seats] >= 0).any() for shelf in held)
+            or (self.edits and not self.edits.keys().isdisjoint(seats.tolist()))
+        )
 
     # -- what they have seen ----------------------------------------------------------------------
 

@@ -1,0 +1,85 @@
+"""The decode step that CUDA replays, rehearsed: padding and fixed buffers change nothing."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.batch import LAST_SAMPLE, Batch, Seat
+from model.cache import Cache
+from model.graphs import RUNGS
+from model.runner import Runner
+from model.sampling import Sampling
+from model.weights import load
+from tests.model.families import make
+
+NONE = np.zeros(0, np.int32)
+PAGE, WIDTH, ROWS = 4, 16, 5  # padded to 8
+
+
+def batch(tokens: list[list[int]], length: int, seats: list[Seat]) -> Batch:
+    counts = [len(one) for one in tokens]
+    ends = np.cumsum(counts).astype(np.int32)
+    where = np.arange(len(tokens), dtype=np.int32)
+    table = np.random.default_rng(0).permutation(ROWS * WIDTH).astype(np.int32).reshape(ROWS, -1)
+    return Batch(
+        tokens=np.concatenate([np.array(one, np.int32) for one in tokens]),
+        starts=np.concatenate([[0], ends]).astype(np.int32),
+        lengths=np.full(len(tokens), length, np.int32),
+        page_table=table[: len(tokens), : -(-length // PAGE)],
+        seats=where,
+        sample_at=ends - 1,
+        sample_seat=where,
+        score_at=NONE,
+        score_token=NONE,
+        beam_at=NONE,
+        beam_seat=NONE,
+        top=2,
+        taken=seats,
+    )
+
+
+def run(runner: Runner, steps: int) -> list[np.ndarray[tuple[int, ...], np.dtype[np.int32]]]:
+    """Five rows: greedy ones beside drawn ones; the last two end early. [steps][rows]"""
+    chance = np.random.default_rng(1)
+    prompts = [chance.integers(2, 67, 9).tolist() for _ in range(ROWS)]
+    seats = [
+        Seat(i, Sampling(temperature=i % 3, top_k=7 * (i % 2), seed=i), 0, [], [], 9)
+        for i in range(ROWS)
+    ]
+    found = [runner.launch(batch(prompts, 9, seats))().tokens]
+    for step in range(1, steps):
+        alive = ROWS if step < 4 else ROWS - 2
+        output = runner.launch(batch([[LAST_SAMPLE]] * alive, 9 + step, []))()
+        found.append(np.concatenate([output.tokens, output.top_tokens.ravel()]))
+    return found
+
+
+def test_a_padded_replay_is_the_plain_step(tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    decoder = load(tmp_path, dtype=torch.float32)
+    runners = [
+        Runner(decoder, Cache(decoder.config, ROWS * WIDTH, PAGE), ROWS, graphs=rehearse)
+        for rehearse in (False, True)
+    ]
+    plain, replayed = (run(runner, 12) for runner in runners)
+    assert runners[1].graphs is not None
+    assert set(runners[1].graphs.recorded) == {(8, 512), (4, 512)}
+    for ours, theirs in zip(replayed, plain, strict=True):
+        assert np.array_equal(ours, theirs)
+    assert torch.allclose(runners[0].cache.pages, runners[1].cache.pages, atol=1e-5)
+
+
+def test_rows_that_look_back_are_not_replayed(tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    decoder = load(tmp_path, dtype=torch.float32)
+    runner = Runner(decoder, Cache(decoder.config, ROWS * WIDTH, PAGE), 1, graphs=True)
+    penalised = Seat(0, Sampling(temperature=0, repetition_penalty=1.5), 0, [5] * 3, [], 3)
+    runner.launch(batch([[5] * 3], 3, [penalised]))()
+    runner.launch(batch([[LAST_SAMPLE]], 4, []))()
+    assert runner.graphs is not None
+    assert not runner.graphs.recorded
+
+
+def test_rungs_rise() -> None:
+    assert list(RUNGS) == sorted(set(RUNGS))
