@@ -158,7 +158,8 @@ def refuse(h: Json, **wanted: object) -> None:
 
 def common(h: Json) -> dict[str, Any]:
     """What nearly every config calls by the same names."""
-    heads = h.get("num_attention_heads") or h.get("n_head") or h["num_heads"]
+    heads = h.get("num_attention_heads") or h.get("n_head") or h.get("num_heads")
+    heads = heads or h["attention_heads"]
     hidden = h.get("hidden_size") or h.get("n_embd") or h["d_model"]
     eos = h.get("eos_token_id")
     return {
@@ -495,6 +496,11 @@ OPT = {
     D + "fc1.*": "layers.{i}.mlp.up.*",
     D + "fc2.*": "layers.{i}.mlp.down.*",
 }
+XGLM = {  # OPT's, one floor up
+    name.replace("decoder.", ""): target
+    for name, target in OPT.items()
+    if "final_layer_norm" not in name or "{i}" in name
+} | {"model.layer_norm.*": "norm.*"}
 OPT |= {name.removeprefix("model."): target for name, target in OPT.items()}
 N = "gpt_neox.layers.{i}."
 GPT_NEOX = {
@@ -527,6 +533,18 @@ def plus_one(names: Mapping[str, str]) -> dict[str, str]:
 
 
 # ── the table ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _xglm(h: Json) -> dict[str, Any]:
+    return classic(
+        h,
+        activation=activation(h.get("activation_function", "gelu")),
+        feed_forward=h["ffn_dim"],
+        tied=h.get("tie_word_embeddings", True),
+        positions="sinusoidal",
+        position_offset=2,
+        embed_scale=math.sqrt(h["d_model"]) if h.get("scale_embedding", True) else 1.0,
+    )
 
 
 def _phi(h: Json) -> dict[str, Any]:
@@ -767,6 +785,7 @@ FAMILIES: dict[str, Family] = {
         skip=(r".*\.attention\.(bias|masked_bias)", r".*rotary_emb\.inv_freq"),
     ),
     "opt": Family(opt, OPT),
+    "xglm": Family(_xglm, XGLM, skip=(r"model\.embed_positions\.weights",)),
     "bloom": Family(_bloom, BLOOM),
     "falcon": Family(falcon, BLOOM),
 }

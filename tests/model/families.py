@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"pad_token_id": 1, "do_layer_norm_before": False, "word_embed_proj_dim": 32},
     ),
     "bloom": ("bloom", {}),
+    "bloom-six-heads": ("bloom", {"hidden_size": 96, "num_attention_heads": 6}),
+    "xglm": ("xglm", {}),
     "falcon-multi-query": ("falcon", {}),
     "falcon-grouped": ("falcon", {"new_decoder_architecture": True}),
     "falcon-alibi": (
