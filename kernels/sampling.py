@@ -1,12 +1,7 @@
-"""Penalties and masks on logits, and the draw of one token a row.
+"""The draw of one token a row, under every parameter, without a sort.
 
-`penalise`, a row with its counts of seen tokens (2 · how often drawn + 1 if in the prompt):
-    seen:   x = x / repetition if x > 0 else x · repetition
-    drawn:  x = x − frequency · drawn − presence · (drawn > 0)
-    masked: x = −inf
-
-`sample`, a row at temperature t > 0, with z = x / t and whole weights w = ⌊2⁴⁰ · exp(z − max z)⌋:
-    top-k      keeps z ≥ the k-th greatest z
+A row at temperature t > 0, with z = (x − max x) / t and whole weights w = ⌊2⁴⁰ · exp z⌋:
+    top-k      keeps x ≥ the k-th greatest x
     top-p      keeps a token while the w of what is greater is < top_p of what was kept so far
     min-p      keeps w ≥ min_p of the greatest w
     typical-p  the same as top-p, nearest first by | −log p − entropy | over what was kept so far
@@ -16,14 +11,22 @@ Equals are kept or dropped together. Weights are integers so that their sums are
 order: a row's token depends neither on the batch nor on how a device splits the work.
 u is `uniform_bits` >> 11 over 2⁵³: output number `position` of the SplitMix64 stream whose state
 starts at the branch's key, itself two steps of the same mixing, of seed and branch.
+
+Only the twin sorts the vocabulary: a CPU looks at some best first, and at more if they do not
+hold enough; `sampling_triton.py` closes in on the lowest score kept.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-UNIT = float(1 << 40)  # the greatest weight: 2²² of them still fit into 63 bits
+from kernels.backend import Call, Kernel, Probe
+from kernels.sampling_triton import launch_sample
+
+UNIT = 2.0**40  # the greatest weight: 2²² of them still fit into 63 bits
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64: Steele, Lea, Flood 2014
 CANDIDATES = 256  # how many best are first looked at on a CPU; most cuts lie within
 CHUNK = 1 << 20  # logits at once on a CPU, so that they stay in its cache
@@ -56,39 +59,7 @@ def uniform_bits(
     return _mix(state).view(np.int64)
 
 
-# -- penalise ------------------------------------------------------------------------------------
-
-
-def penalise_reference(
-    logits: Tensor, counts: Tensor, slots: Tensor, penalties: Tensor, masks: Tensor, masked: Tensor
-) -> Tensor:
-    seen = torch.where(slots[:, None] >= 0, counts[slots.clamp(min=0)], 0)
-    repetition, frequency, presence = penalties[:, :, None].unbind(1)
-    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
-    drawn = seen >> 1
-    less = frequency * drawn + presence * (drawn > 0)
-    out = torch.where(seen > 0, scaled, logits) - less
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    words = masks[masked.clamp(min=0)][:, ids >> 5]
-    banned = ((words >> (ids & 31)) & 1 == 0) & (masked[:, None] >= 0)
-    return out.masked_fill(banned, -torch.inf)
-
-
-def penalise(
-    logits: Tensor, counts: Tensor, slots: Tensor, penalties: Tensor, masks: Tensor, masked: Tensor
-) -> Tensor:
-    """logits [m, vocabulary] f32, counts [slots, vocabulary] i32, slots [m] i64 (−1: none),
-    penalties [m, 3] f32 (repetition, frequency, presence), masks [slots, ⌈vocabulary / 32⌉] i32
-    (bit 1: allowed), masked [m] i64 (−1: no mask) -> [m, vocabulary]"""
-    if counts.shape[1] != logits.shape[1] or masks.shape[1] != -(-logits.shape[1] // 32):
-        raise ValueError(
-            f"counts of {counts.shape[1]} and masks of {masks.shape[1]} words"
-            f" are not for {logits.shape[1]} logits"
-        )
-    return penalise_reference(logits, counts, slots, penalties, masks, masked)
-
-
-# -- sample --------------------------------------------------------------------------------------
+# -- the draw ------------------------------------------------------------------------------------
 
 
 def sample_reference(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
@@ -102,19 +73,18 @@ def kept_weights(logits: Tensor, settings: Tensor, width: int) -> Tensor:
     """-> [m, vocabulary] int64, 0 where a token is not kept. `width`: how many best to sort first;
     the vocabulary's size sorts once and never asks the device whether that was enough."""
     temperature, top_k, top_p, min_p, typical_p = settings[:, :, None].unbind(1)
-    scores = logits / torch.where(temperature > 0, temperature, 1)
-    scores -= scores.amax(-1, keepdim=True)
-    weights = scores.exp().mul_(UNIT).long()
+    below = (logits - logits.amax(-1, keepdim=True)) * (1 / temperature.where(temperature > 0, 1))
+    weights = (below.exp() * UNIT).long()
     if _wanted(top_k > 0):
-        best = scores.topk(_widest(top_k, logits.shape[1]), -1).values
+        best = logits.topk(_widest(top_k, logits.shape[1]), -1).values
         last = best.gather(1, (top_k.long() - 1).clamp(0, best.shape[1] - 1))
-        weights.masked_fill_((scores < last) & (top_k > 0), 0)
+        weights.masked_fill_((logits < last) & (top_k > 0), 0)
     if _wanted(top_p < 1):
-        weights.masked_fill_((scores < _mass_cut(scores, weights, top_p, width)) & (top_p < 1), 0)
+        weights.masked_fill_((logits < _mass_cut(logits, weights, top_p, width)) & (top_p < 1), 0)
     if _wanted(min_p > 0):
         weights.masked_fill_(weights < min_p.double() * UNIT, 0)
     if _wanted(typical_p < 1):
-        near = _nearness(weights)
+        near = _nearness(below, weights)
         cut = _mass_cut(near, weights, typical_p, width)
         weights.masked_fill_((near < cut) & (typical_p < 1), 0)
     return weights
@@ -143,12 +113,12 @@ def _mass_cut(scores: Tensor, weights: Tensor, share: Tensor, width: int) -> Ten
         width *= 16
 
 
-def _nearness(weights: Tensor) -> Tensor:
-    """−| −log p − entropy | of what is kept, [m, vocabulary]; −inf of what is not."""
-    p = weights.double() / weights.sum(-1, keepdim=True)
-    surprise = -p.log()
-    entropy = (p * surprise).nansum(-1, keepdim=True)
-    return -(surprise - entropy).abs().float()
+def _nearness(below: Tensor, weights: Tensor) -> Tensor:
+    """−| −log p − entropy | of what is kept, [m, vocabulary]; −inf of what is not. Both are
+    log Σ w apart from `below` and its mean, and what they share does not matter."""
+    held = (weights * below.double()).masked_fill(weights == 0, 0)
+    mean = held.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
+    return (-(below - mean.float()).abs()).masked_fill(weights == 0, -torch.inf)
 
 
 def _draw(weights: Tensor, bits: Tensor) -> Tensor:
@@ -177,6 +147,18 @@ def sample_native(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
     return tokens.masked_fill_(~logits.amax(-1).isfinite(), -1)
 
 
+def _trial(probe: Probe) -> Iterator[Call]:
+    settings: list[tuple[float, ...]] = [(0, 0, 1, 0, 1), (1, 0, 1, 0, 1), (0.7, 9, 1, 0, 1)]
+    settings += [(1.3, 0, 0.8, 0, 1)]
+    settings += [(1, 0, 1, 0.1, 1), (1, 0, 1, 0, 0.7), (0.9, 50, 0.9, 0.01, 0.9)]
+    logits = probe.random(len(settings), probe.vocabulary).float() * 3
+    bits = torch.arange(len(settings), device=probe.device) * 0x1234_5678_9ABC_DEF1
+    yield Call((logits, bits, torch.tensor(settings, device=probe.device)), {})
+
+
+SAMPLE = Kernel("sample", sample_reference, launch_sample, _trial, native=sample_native)
+
+
 def sample(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
     """logits [m, vocabulary] f32, bits [m] i64 from `uniform_bits`, settings [m, 5] f32
     (temperature, top_k, top_p, min_p, typical_p; temperature 0 is greedy, 0 or 1 switch the others
@@ -187,6 +169,5 @@ def sample(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
             f"{len(logits)} rows want settings of [{len(logits)}, 5] and as many bits,"
             f" and got {list(settings.shape)} and {list(bits.shape)}"
         )
-    if logits.device.type == "cpu":
-        return sample_native(logits, bits, settings)
-    return sample_reference(logits, bits, settings)
+    found: Tensor = SAMPLE(logits, bits, settings)
+    return found

@@ -12,6 +12,7 @@ from transformers.generation import logits_process as hf
 
 from kernels import sampling
 from kernels.sampling import branch_key, kept_weights, uniform_bits
+from tests.kernels.poison import poisoned
 
 OFF = (1.0, 0, 1.0, 0.0, 1.0)
 
@@ -134,17 +135,20 @@ def test_random_bits_are_splitmix64() -> None:
         )
 
 
-def test_penalise_refuses_tables_of_another_vocabulary() -> None:
-    none = torch.full((1,), -1)
-    with pytest.raises(ValueError, match="counts of 8"):
-        sampling.penalise(
-            torch.zeros(1, 9),
-            torch.zeros(1, 8).int(),
-            none,
-            torch.zeros(1, 3),
-            torch.zeros(1, 1).int(),
-            none,
-        )
+@pytest.mark.interpreter
+@pytest.mark.parametrize("size", [3, 200, 4500])  # less than a tile, and two of the kernel's own
+def test_the_kernel_draws_what_the_twin_draws(size: int) -> None:
+    rows = 24 if size < 4096 else 3
+    rng = np.random.default_rng(size)
+    settings, logits = random_settings(rng, rows), random_logits(rng, rows, size)
+    settings[1::6, 0] = 0
+    logits[0] = logits[0].round()  # equals everywhere
+    if size == 200:
+        logits[2], logits[3, 7], logits[4, 9], logits[5] = -torch.inf, torch.nan, torch.inf, 1.5
+    bits = random_bits(rng, rows)
+    with poisoned():
+        got = sampling.SAMPLE.triton(logits, bits, settings)
+    assert got.tolist() == sampling.sample_reference(logits, bits, settings).tolist()
 
 
 def test_sample_refuses_settings_of_other_rows() -> None:
