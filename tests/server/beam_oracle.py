@@ -48,31 +48,32 @@ class Run(NamedTuple):
 
 
 @cache
-def gpt2(seed: int) -> Any:
+def gpt2(seed: int, bias: bool = True) -> Any:
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=1, n_head=2,
         bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
-    return _sharpened(GPT2LMHeadModel(config))
+    return _sharpened(GPT2LMHeadModel(config), bias)
 
 
 @cache
-def llama(seed: int) -> Any:
+def llama(seed: int, bias: bool = True) -> Any:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
         bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
-    return _sharpened(LlamaForCausalLM(config))
+    return _sharpened(LlamaForCausalLM(config), bias)
 
 
-def _sharpened(model: Any) -> Any:
+def _sharpened(model: Any, bias: bool) -> Any:
     """Random weights give nearly equal logits, and near-ties prove nothing."""
-    likely = torch.zeros(VOCABULARY)
-    likely[:8] = torch.linspace(4, 1, 8)  # so that ends among these come early and often
-    model.lm_head.bias = torch.nn.Parameter(likely)
+    if bias:
+        likely = torch.zeros(VOCABULARY)
+        likely[:8] = torch.linspace(4, 1, 8)  # so that ends among these come early and often
+        model.lm_head.bias = torch.nn.Parameter(likely)
     with torch.no_grad():
         model.lm_head.weight.normal_(std=0.4)
         for name, weight in model.named_parameters():
