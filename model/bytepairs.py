@@ -14,6 +14,7 @@ library never makes z, and tiktoken must not know it. So it is enough to tokeniz
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import tiktoken
@@ -57,6 +58,7 @@ def cut_of(pre_tokenizer: Json | None) -> tuple[str, bool] | None:
     return None
 
 
+@cache
 def translate(pattern: str) -> str | None:
     """The same for tiktoken, or nothing where that is not certain."""
     parts = [found[0] for found in _PART.finditer(pattern)]

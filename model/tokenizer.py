@@ -25,6 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HOLE = "\ufdd0"  # stands for text between added tokens; no token of a model is spelled like it
 HOLE_ID = 0xFFFF_FFFF
 TINY = {"type": "WordLevel", "vocab": {HOLE: HOLE_ID}, "unk_token": HOLE}
+LEADS = "\nx0|).中"
 FORMS = ("NFC", "NFD", "NFKC", "NFKD")  # normalisers that leave ASCII as it is
 
 
@@ -83,12 +84,18 @@ class Tokenizer:
         return [*self._before, *ids, *self._after] if bos else ids
 
     def encode_rest(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of what comes after other text: no tokenizer puts a space in front of it."""
-        start = self.encode("\n", bos=False)
-        ids = self.encode("\n" + text, special=special, bos=False)
-        if ids[: len(start)] == start:
-            return ids[len(start) :]
+        """The ids of what comes after other text: no space is put in front of it. Kinds that put
+        one there encode it behind a character, which must then be a token of its own."""
+        for ahead in LEADS if self._puts_space else ():
+            start = self.encode(ahead, bos=False)
+            ids = self.encode(ahead + text, special=special, bos=False)
+            if ids[: len(start)] == start:
+                return ids[len(start) :]
         return self.encode(text, special=special, bos=False)
+
+    @cached_property
+    def _puts_space(self) -> bool:
+        return b"".join(map(self.token_bytes, self.encode("x", bos=False))).startswith(b" ")
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         decoder = self.decoder(skip_special)
