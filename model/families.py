@@ -9,7 +9,7 @@ it is one of many) and what is done to it on the way (see `CHANGES`).
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -709,6 +709,14 @@ def _qwen3(h: Json) -> dict[str, Any]:
     return llama(h, head_dim=h["head_dim"], qk_norm="head", windows=qwen_windows(h))
 
 
+def _qwen2_moe(h: Json) -> dict[str, Any]:
+    """An expert that every token visits, as loud as a gate of its own says."""
+    made = qwen3_moe(h)
+    shared = {"shared_feed_forward": h["shared_expert_intermediate_size"], "shared_gate": True}
+    kind = replace(made["experts"], **shared)
+    return made | {"experts": kind, "qk_norm": "none", "qkv_bias": h.get("qkv_bias", True)}
+
+
 E = L + "mlp.experts."
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama, LLAMA, skip=(r".*rotary_emb\.inv_freq",)),
@@ -720,6 +728,17 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(
         qwen3_moe,
         LLAMA | QK_NORM | experts(L + "mlp.", "gate_proj", "up_proj", "down_proj"),
+    ),
+    "qwen2_moe": Family(
+        _qwen2_moe,
+        LLAMA
+        | experts(L + "mlp.", "gate_proj", "up_proj", "down_proj")
+        | {
+            L + "mlp.shared_expert.gate_proj.weight": "layers.{i}.mlp.shared.up.weight gate",
+            L + "mlp.shared_expert.up_proj.weight": "layers.{i}.mlp.shared.up.weight up",
+            L + "mlp.shared_expert.down_proj.weight": "layers.{i}.mlp.shared.down.weight",
+            L + "mlp.shared_expert_gate.weight": "layers.{i}.mlp.shared_gate.weight",
+        },
     ),
     "mixtral": Family(_mixtral, LLAMA | experts(L + "block_sparse_moe.", "w1", "w3", "w2")),
     "phi3": Family(lambda h: llama(h, windows=sliding(h, None)), LLAMA | FUSED),

@@ -92,6 +92,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen2_moe": ("qwen2_moe", {"shared_expert_intermediate_size": 40, "mlp_only_layers": [0]}),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"layer_types": ALTERNATING, "query_pre_attn_scalar": 16}),
     "gemma3": ("gemma3_text", {"layer_types": ALTERNATING, "query_pre_attn_scalar": 16}),
