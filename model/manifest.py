@@ -24,7 +24,7 @@ from model.tensorfile import TensorFile
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 INDEX_BYTES = 32 << 20  # a trillion parameters in 140,000 tensors make 13 MB
-TENSORS = 1 << 20  # of a checkpoint, in all its files
+TENSORS = 1 << 18  # of a checkpoint, in all its files; a trillion parameters have 140,000
 SHOWN = 3  # names in an error
 CODE = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
@@ -243,28 +243,35 @@ def _check_whole(manifest: Manifest, shapes: dict[str, Size]) -> None:
     holes = [name for name, shape in shapes.items() if counts[name] < shape.numel()]
     if holes:
         absent = [short(name) for hole in holes[:SHOWN] for name in _absent(hole, manifest)]
+        also = f" (also {', '.join(absent[1:SHOWN])})" if len(absent) > 1 else ""
         raise CheckpointError(
-            f"{manifest.name}: tensor {', '.join(absent[:SHOWN])} is missing; {len(holes)} of the "
-            f"network's {len(shapes)} weights are incomplete"
+            f"{manifest.name}: tensor {absent[0]} is missing{also}; {len(holes)} of the network's "
+            f"{len(shapes)} weights are incomplete"
         )
 
 
 def _absent(parameter: str, manifest: Manifest) -> list[str]:
-    """What the file would call the missing tensors: as in a layer that has them, or as the
+    """What the file would call the missing tensors: as in a layer that has them, or else as the
     family's table does."""
     present = {move.name for move in manifest.moves}
-    layer = re.match(r"layers\.(\d+)\.", parameter)
+    layer, rest = _parted(parameter)
     names = set()
     for move in manifest.moves:
-        other = re.match(r"layers\.(\d+)\.", move.place.name)
-        if layer and other and parameter[layer.end() :] == move.place.name[other.end() :]:
-            names.add(re.sub(rf"(?<!\d){other[1]}(?!\d)", layer[1], move.name, count=1))
-    return sorted(names - present) or [_called(parameter, manifest.family)]
+        other, there = _parted(move.place.name)
+        if layer and other and there == rest:
+            names.add(re.sub(rf"(?<!\d){other}(?!\d)", layer, move.name, count=1))
+    return sorted(names - present) or [_called(layer, rest, manifest.family)]
 
 
-def _called(parameter: str, family: Family) -> str:
+def _parted(parameter: str) -> tuple[str, str]:
+    """layers.7.mlp.up.weight -> 7, layers.{i}.mlp.up.weight"""
+    layer = re.match(r"layers\.(\d+)\.", parameter)
+    return (layer[1], "layers.{i}." + parameter[layer.end() :]) if layer else ("", parameter)
+
+
+def _called(layer: str, parameter: str, family: Family) -> str:
     stem, _, kind = parameter.rpartition(".")
     for source, target in family.names.items():
         if target.split()[0] in (parameter, f"{stem}.*"):
-            return source.replace("*", kind)
-    return parameter
+            return source.replace("{i}", layer).replace("*", kind)
+    return parameter.replace("{i}", layer)
