@@ -18,7 +18,9 @@ import huggingface_hub  # it imports its parts when they are used, so this costs
 from huggingface_hub import errors as hub
 
 from model.config import ModelConfig
-from model.families import FAMILIES, Family, UnsupportedModelError, family_of
+from model.families import FAMILIES, family_of
+from model.family import Family
+from model.readings import UnsupportedModelError
 
 Json = Mapping[str, Any]
 

@@ -1,287 +1,30 @@
 """The table of families: what a checkpoint's config.json and tensor names mean here.
 
-A family is one entry: how its config becomes a `ModelConfig`, and where each of its tensors goes.
-Names are patterns: {i} is a layer, {e} an expert or a head, * is weight or bias. A target is our
-parameter's name, then words that say which part of it the tensor fills (q k v gate up; {e} when
-it is one of many) and what is done to it on the way (see `CHANGES`).
+An architecture's own reading of its config, if it is not everybody's, then its tensor names, then
+one entry. `family.py` says how names are written, `readings.py` what many configs have in common.
 """
 
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+from model.config import Experts, Rope
+from model.family import Family, Json
+from model.readings import (
+    UnsupportedModelError,
+    activation,
+    classic,
+    common,
+    llama,
+    qwen_windows,
+    refuse,
+    rope,
+    sliding,
+)
 
-from model.config import Activation, Experts, ModelConfig, Rope
-
-Json = dict[str, Any]
-Change = Callable[[Tensor, ModelConfig], Tensor]
-
-
-class UnsupportedModelError(ValueError):
-    """The checkpoint asks for something that no entry of the table describes."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a checkpoint's tensor goes."""
-
-    name: str  # our parameter
-    index: int | None = None  # of the expert or head, in dim 0
-    rows: slice | None = None  # the part it fills, in the dim after that
-    change: Callable[[Tensor], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    config: Callable[[Json], dict[str, Any]]
-    names: Mapping[str, str]
-    skip: tuple[str, ...] = ()  # buffers that old checkpoints carry along
-
-    def read(self, name: str, h: Json) -> ModelConfig:
-        return ModelConfig(family=name, **common(h) | self.config(h))
-
-    def place(self, name: str, config: ModelConfig) -> Place | None:
-        """None: a known buffer that is not a weight. An unknown name raises KeyError."""
-        for pattern, target in self.patterns:
-            if match := pattern.fullmatch(name):
-                return _place(target, match.groupdict(), config)
-        if any(re.fullmatch(skip, name) for skip in self.skip):
-            return None
-        raise KeyError(name)
-
-    @cached_property
-    def patterns(self) -> list[tuple[re.Pattern[str], str]]:
-        return [(_pattern(source), target) for source, target in self.names.items()]
-
-
-def _pattern(source: str) -> re.Pattern[str]:
-    escaped = re.escape(source).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)")
-    return re.compile(escaped.replace(r"\*", "(?P<s>weight|bias)"))
-
-
-def _place(target: str, found: Mapping[str, str], config: ModelConfig) -> Place:
-    name, *words = target.split()
-    name = name.replace("{i}", found.get("i", "")).replace("*", found.get("s", ""))
-    index = int(found["e"]) if "{e}" in words else None
-    rows = next((part for word in words if (part := _rows(word, name, config))), None)
-    changes = [CHANGES[word] for word in words if word in CHANGES]
-
-    def change(tensor: Tensor) -> Tensor:
-        for one in changes:
-            tensor = one(tensor, config)
-        return tensor
-
-    return Place(name, index, rows, change if changes else None)
-
-
-def _rows(word: str, name: str, config: ModelConfig) -> slice | None:
-    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    width = config.feed_forward
-    if config.experts and config.has_experts(int(name.split(".")[1]) if ".mlp." in name else 0):
-        shared = ".shared." in name
-        width = config.experts.shared_feed_forward if shared else config.experts.feed_forward
-    return {
-        "q": slice(0, q),
-        "k": slice(q, q + kv),
-        "v": slice(q + kv, q + 2 * kv),
-        "gate": slice(0, width),
-        "up": slice(width, 2 * width),
-    }.get(word)
-
-
-# ── what is done to a tensor on its way ───────────────────────────────────────────────────────
-
-
-def _heads_apart(tensor: Tensor, config: ModelConfig) -> Tensor:
-    """Fused [groups · (queries… key value) · dim, …] -> all queries, all keys, all values."""
-    group = config.heads // config.kv_heads
-    parts = tensor.view(config.kv_heads, group + 2, config.head_dim, *tensor.shape[1:])
-    query, key, value = parts.split((group, 1, 1), 1)
-    return torch.cat([part.flatten(0, 2) for part in (query, key, value)])
-
-
-def _transposed(tensor: Tensor, _config: ModelConfig) -> Tensor:
-    return tensor.transpose(-1, -2)
-
-
-def _gate_first(tensor: Tensor, _config: ModelConfig) -> Tensor:
-    """gate, up, gate, up, … along dim 1 -> all gates, all ups."""
-    return torch.cat((tensor[:, 0::2], tensor[:, 1::2]), 1)
-
-
-def _plus_one(tensor: Tensor, _config: ModelConfig) -> Tensor:
-    return tensor.float() + 1
-
-
-CHANGES: dict[str, Change] = {
-    "heads-apart": _heads_apart,
-    "transposed": _transposed,
-    "gate-first": _gate_first,
-    "plus-one": _plus_one,
-}
-
-
-# ── readings of config.json that many families share ──────────────────────────────────────────
-
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-
-
-def activation(name: str) -> Activation:
-    if name not in ACTIVATIONS:
-        raise UnsupportedModelError(
-            f"activation {name!r} is not supported; known are {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
-
-
-def refuse(h: Json, **wanted: object) -> None:
-    """An option that changes the network and that nobody has taught us is an error, not a guess."""
-    for key, value in wanted.items():
-        if key in h and h[key] is not None and h[key] != value:
-            raise UnsupportedModelError(
-                f"{key}={h[key]!r} is not supported for {h.get('model_type')}; only {value!r} is"
-            )
-
-
-def common(h: Json) -> dict[str, Any]:
-    """What nearly every config calls by the same names."""
-    heads = h.get("num_attention_heads") or h.get("n_head") or h.get("num_heads")
-    heads = heads or h["attention_heads"]
-    hidden = h.get("hidden_size") or h.get("n_embd") or h["d_model"]
-    eos = h.get("eos_token_id")
-    return {
-        "vocabulary": h["vocab_size"],
-        "hidden": hidden,
-        "layers": h.get("num_hidden_layers") or h.get("n_layer") or h["num_layers"],
-        "heads": heads,
-        "kv_heads": h.get("num_key_value_heads") or heads,
-        "head_dim": h.get("head_dim") or hidden // heads,
-        "feed_forward": h.get("intermediate_size") or h.get("n_inner") or 4 * hidden,
-        "context": h.get("max_position_embeddings") or h.get("n_positions") or 2048,
-        "tied": h.get("tie_word_embeddings", False),
-        "eos": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        "bos": h.get("bos_token_id"),
-    }
-
-
-def rope(h: Json, kind: str = "", dim: int = 0, **given: Any) -> Rope:
-    """One rotation, from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
-    base = common(h)
-    p: dict[str, Any] = dict(h.get("rope_parameters") or h.get("rope_scaling") or {})
-    p = p.get(kind, p)
-    scaling = p.get("rope_type") or p.get("type") or "default"
-    partial_factor = p.get("partial_rotary_factor", h.get("partial_rotary_factor") or 1.0)
-    theta = p.get("rope_theta") or h.get("rope_theta") or given.get("theta") or 10_000.0
-    made: dict[str, Any] = given | {
-        "theta": float(theta),
-        "dim": dim or int(base["head_dim"] * partial_factor),
-    }
-    if scaling == "default":
-        return Rope(**made)
-    if scaling == "su":  # what longrope was called first
-        scaling = "longrope"
-    trained = p.get("original_max_position_embeddings") or h.get("original_max_position_embeddings")
-    context = base["context"]
-    factor = float(p.get("factor") or context / (trained or context))
-    made |= {"scaling": scaling, "factor": factor, "trained_context": trained or context}
-    match scaling:
-        case "linear":
-            pass
-        case "dynamic":  # stretches beyond the config's own context, whatever came before
-            made["trained_context"] = context
-        case "llama3":
-            made |= {
-                "low_frequency": p["low_freq_factor"],
-                "high_frequency": p["high_freq_factor"],
-            }
-        case "yarn":
-            made |= {
-                "beta_fast": p.get("beta_fast") or 32.0,
-                "beta_slow": p.get("beta_slow") or 1.0,
-                "truncate": p.get("truncate", True),
-                "attention_factor": _yarn_factor(p, factor),
-            }
-        case "longrope":
-            reach = max(math.log(factor) / math.log(made["trained_context"]), 0)
-            made |= {
-                "short_factors": tuple(p["short_factor"]),
-                "long_factors": tuple(p["long_factor"]),
-                "attention_factor": p.get("attention_factor") or math.sqrt(1 + reach),
-            }
-        case _:
-            raise UnsupportedModelError(
-                f"rope scaling {scaling!r} is not supported; known are default, linear, dynamic, "
-                "llama3, yarn and longrope"
-            )
-    return Rope(**made)
-
-
-def _yarn_factor(p: Json, factor: float) -> float:
-    def magnitude(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
-    if p.get("attention_factor") is not None:
-        return float(p["attention_factor"])
-    if p.get("mscale") and p.get("mscale_all_dim"):
-        return magnitude(p["mscale"]) / magnitude(p["mscale_all_dim"])
-    return magnitude(1.0)
-
-
-def sliding(h: Json, kinds: list[str] | None) -> tuple[int, ...]:
-    """A window for each layer, from the list of kinds (or one for all)."""
-    window, layers = h.get("sliding_window") or 0, common(h)["layers"]
-    kinds = h.get("layer_types") or kinds or ["sliding_attention"] * layers
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-
-
-def llama(h: Json, **more: Any) -> dict[str, Any]:
-    """RMS norms, rotary positions, a gated MLP: most families differ from this in a few words."""
-    return {
-        "activation": activation(h.get("hidden_act") or h.get("hidden_activation") or "silu"),
-        "norm_eps": h.get("rms_norm_eps", 1e-6),
-        "ropes": (rope(h),) * common(h)["layers"],
-        "qkv_bias": h.get("attention_bias", False),
-        "out_bias": h.get("attention_bias", False),
-        "mlp_bias": h.get("mlp_bias", False),
-        **more,
-    }
-
-
-def classic(h: Json, **more: Any) -> dict[str, Any]:
-    """Layer norms and a plain MLP, all with biases: what came before."""
-    act = h.get("activation_function") or h.get("hidden_act") or "gelu_new"
-    return {
-        "activation": activation(act),
-        "gated": False,
-        "norm": "layer",
-        "norm_bias": True,
-        "norm_eps": h.get("layer_norm_epsilon") or h.get("layer_norm_eps") or 1e-5,
-        "qkv_bias": True,
-        "out_bias": True,
-        "mlp_bias": True,
-        **more,
-    }
-
-
-def qwen_windows(h: Json) -> tuple[int, ...]:
-    """Only layers from max_window_layers on slide, and only when asked."""
-    if not h.get("use_sliding_window"):
-        return ()
-    first, layers = h.get("max_window_layers", 28), common(h)["layers"]
-    return sliding(h, ["full" if i < first else "sliding_attention" for i in range(layers)])
+# ── configs that are read in their own way ────────────────────────────────────────────────────
 
 
 def gemma(h: Json, **more: Any) -> dict[str, Any]:
@@ -394,145 +137,6 @@ def gpt_neo(h: Json) -> dict[str, Any]:
         attention_scale=1.0,
         windows=tuple(h["window_size"] if kind == "local" else 0 for kind in kinds),
     )
-
-
-# ── tensor names that many families share ─────────────────────────────────────────────────────
-
-L = "model.layers.{i}."
-LLAMA = {
-    "model.embed_tokens.weight": "embed.weight",
-    "model.norm.*": "norm.*",
-    "lm_head.*": "head.*",
-    L + "self_attn.q_proj.*": "layers.{i}.attention.qkv.* q",
-    L + "self_attn.k_proj.*": "layers.{i}.attention.qkv.* k",
-    L + "self_attn.v_proj.*": "layers.{i}.attention.qkv.* v",
-    L + "self_attn.o_proj.*": "layers.{i}.attention.out.*",
-    L + "mlp.gate_proj.*": "layers.{i}.mlp.up.* gate",
-    L + "mlp.up_proj.*": "layers.{i}.mlp.up.* up",
-    L + "mlp.down_proj.*": "layers.{i}.mlp.down.*",
-    L + "input_layernorm.*": "layers.{i}.attention_norm.*",
-    L + "post_attention_layernorm.*": "layers.{i}.mlp_norm.*",
-}
-QK_NORM = {
-    L + "self_attn.q_norm.weight": "layers.{i}.attention.q_norm.weight",
-    L + "self_attn.k_norm.weight": "layers.{i}.attention.k_norm.weight",
-}
-FUSED = {
-    L + "self_attn.qkv_proj.*": "layers.{i}.attention.qkv.*",
-    L + "mlp.gate_up_proj.*": "layers.{i}.mlp.up.*",
-}
-OLMO2 = QK_NORM | {
-    L + "post_attention_layernorm.*": "layers.{i}.attention_out_norm.*",
-    L + "post_feedforward_layernorm.*": "layers.{i}.mlp_out_norm.*",
-}
-GEMMA2 = LLAMA | OLMO2 | {L + "pre_feedforward_layernorm.weight": "layers.{i}.mlp_norm.weight"}
-T = "transformer.h.{i}."
-BLOOM = {
-    "transformer.word_embeddings.weight": "embed.weight",
-    "transformer.word_embeddings_layernorm.*": "embed_norm.*",
-    "transformer.ln_f.*": "norm.*",
-    "lm_head.weight": "head.weight",
-    T + "input_layernorm.*": "layers.{i}.attention_norm.*",
-    T + "ln_attn.*": "layers.{i}.attention_norm.*",
-    T + "ln_mlp.*": "layers.{i}.mlp_norm.*",
-    T + "post_attention_layernorm.*": "layers.{i}.mlp_norm.*",
-    T + "self_attention.query_key_value.*": "layers.{i}.attention.qkv.* heads-apart",
-    T + "self_attention.dense.*": "layers.{i}.attention.out.*",
-    T + "mlp.dense_h_to_4h.*": "layers.{i}.mlp.up.*",
-    T + "mlp.dense_4h_to_h.*": "layers.{i}.mlp.down.*",
-}
-GPT2 = {
-    "wte.weight": "embed.weight",
-    "wpe.weight": "positions.weight",
-    "ln_f.*": "norm.*",
-    "h.{i}.ln_1.*": "layers.{i}.attention_norm.*",
-    "h.{i}.ln_2.*": "layers.{i}.mlp_norm.*",
-    "h.{i}.attn.c_attn.weight": "layers.{i}.attention.qkv.weight transposed",
-    "h.{i}.attn.c_attn.bias": "layers.{i}.attention.qkv.bias",
-    "h.{i}.attn.c_proj.weight": "layers.{i}.attention.out.weight transposed",
-    "h.{i}.attn.c_proj.bias": "layers.{i}.attention.out.bias",
-    "h.{i}.mlp.c_fc.weight": "layers.{i}.mlp.up.weight transposed",
-    "h.{i}.mlp.c_fc.bias": "layers.{i}.mlp.up.bias",
-    "h.{i}.mlp.c_proj.weight": "layers.{i}.mlp.down.weight transposed",
-    "h.{i}.mlp.c_proj.bias": "layers.{i}.mlp.down.bias",
-}
-GPT2 |= {"transformer." + name: target for name, target in GPT2.items()}
-GPT2 |= {"lm_head.weight": "head.weight"}
-GPTJ = {
-    "transformer.wte.weight": "embed.weight",
-    "transformer.wpe.weight": "positions.weight",
-    "transformer.ln_f.*": "norm.*",
-    "lm_head.*": "head.*",
-    T + "ln_1.*": "layers.{i}.attention_norm.*",
-    T + "ln_2.*": "layers.{i}.mlp_norm.*",
-    T + "mlp.fc_in.*": "layers.{i}.mlp.up.*",
-    T + "mlp.fc_out.*": "layers.{i}.mlp.down.*",
-    T + "mlp.c_fc.*": "layers.{i}.mlp.up.*",
-    T + "mlp.c_proj.*": "layers.{i}.mlp.down.*",
-} | {
-    f"{T}attn.{inner}{part}": f"layers.{{i}}.attention.{ours}"
-    for inner in ("", "attention.")
-    for part, ours in {
-        "q_proj.*": "qkv.* q",
-        "k_proj.*": "qkv.* k",
-        "v_proj.*": "qkv.* v",
-        "out_proj.*": "out.*",
-    }.items()
-}
-D = "model.decoder.layers.{i}."
-OPT = {
-    "model.decoder.embed_tokens.weight": "embed.weight",
-    "model.decoder.embed_positions.weight": "positions.weight",
-    "model.decoder.project_in.weight": "project_in.weight",
-    "model.decoder.project_out.weight": "project_out.weight",
-    "model.decoder.final_layer_norm.*": "norm.*",
-    "lm_head.weight": "head.weight",
-    D + "self_attn_layer_norm.*": "layers.{i}.attention_norm.*",
-    D + "final_layer_norm.*": "layers.{i}.mlp_norm.*",
-    D + "self_attn.q_proj.*": "layers.{i}.attention.qkv.* q",
-    D + "self_attn.k_proj.*": "layers.{i}.attention.qkv.* k",
-    D + "self_attn.v_proj.*": "layers.{i}.attention.qkv.* v",
-    D + "self_attn.out_proj.*": "layers.{i}.attention.out.*",
-    D + "fc1.*": "layers.{i}.mlp.up.*",
-    D + "fc2.*": "layers.{i}.mlp.down.*",
-}
-XGLM = {  # OPT's, one floor up
-    name.replace("decoder.", ""): target
-    for name, target in OPT.items()
-    if "final_layer_norm" not in name or "{i}" in name
-} | {"model.layer_norm.*": "norm.*"}
-OPT |= {name.removeprefix("model."): target for name, target in OPT.items()}
-N = "gpt_neox.layers.{i}."
-GPT_NEOX = {
-    "gpt_neox.embed_in.weight": "embed.weight",
-    "gpt_neox.final_layer_norm.*": "norm.*",
-    "embed_out.weight": "head.weight",
-    "lm_head.weight": "head.weight",
-    N + "input_layernorm.*": "layers.{i}.attention_norm.*",
-    N + "post_attention_layernorm.*": "layers.{i}.mlp_norm.*",
-    N + "attention.query_key_value.*": "layers.{i}.attention.qkv.* heads-apart",
-    N + "attention.dense.*": "layers.{i}.attention.out.*",
-    N + "mlp.dense_h_to_4h.*": "layers.{i}.mlp.up.*",
-    N + "mlp.dense_4h_to_h.*": "layers.{i}.mlp.down.*",
-}
-
-
-def experts(prefix: str, gate: str, up: str, down: str) -> dict[str, str]:
-    """One tensor an expert."""
-    return {
-        prefix + f"experts.{{e}}.{gate}.weight": "layers.{i}.mlp.up {e} gate",
-        prefix + f"experts.{{e}}.{up}.weight": "layers.{i}.mlp.up {e} up",
-        prefix + f"experts.{{e}}.{down}.weight": "layers.{i}.mlp.down {e}",
-        prefix + "gate.weight": "layers.{i}.mlp.router.weight",
-    }
-
-
-def plus_one(names: Mapping[str, str]) -> dict[str, str]:
-    """Gemma stores the weights of its norms less one."""
-    return {k: v + " plus-one" if "norm" in v else v for k, v in names.items()}
-
-
-# ── the table ─────────────────────────────────────────────────────────────────────────────────
 
 
 def _xglm(h: Json) -> dict[str, Any]:
@@ -716,6 +320,144 @@ def _qwen2_moe(h: Json) -> dict[str, Any]:
     kind = replace(made["experts"], **shared)
     return made | {"experts": kind, "qk_norm": "none", "qkv_bias": h.get("qkv_bias", True)}
 
+
+# ── tensor names that many families share ─────────────────────────────────────────────────────
+
+L = "model.layers.{i}."
+LLAMA = {
+    "model.embed_tokens.weight": "embed.weight",
+    "model.norm.*": "norm.*",
+    "lm_head.*": "head.*",
+    L + "self_attn.q_proj.*": "layers.{i}.attention.qkv.* q",
+    L + "self_attn.k_proj.*": "layers.{i}.attention.qkv.* k",
+    L + "self_attn.v_proj.*": "layers.{i}.attention.qkv.* v",
+    L + "self_attn.o_proj.*": "layers.{i}.attention.out.*",
+    L + "mlp.gate_proj.*": "layers.{i}.mlp.up.* gate",
+    L + "mlp.up_proj.*": "layers.{i}.mlp.up.* up",
+    L + "mlp.down_proj.*": "layers.{i}.mlp.down.*",
+    L + "input_layernorm.*": "layers.{i}.attention_norm.*",
+    L + "post_attention_layernorm.*": "layers.{i}.mlp_norm.*",
+}
+QK_NORM = {
+    L + "self_attn.q_norm.weight": "layers.{i}.attention.q_norm.weight",
+    L + "self_attn.k_norm.weight": "layers.{i}.attention.k_norm.weight",
+}
+FUSED = {
+    L + "self_attn.qkv_proj.*": "layers.{i}.attention.qkv.*",
+    L + "mlp.gate_up_proj.*": "layers.{i}.mlp.up.*",
+}
+OLMO2 = QK_NORM | {
+    L + "post_attention_layernorm.*": "layers.{i}.attention_out_norm.*",
+    L + "post_feedforward_layernorm.*": "layers.{i}.mlp_out_norm.*",
+}
+GEMMA2 = LLAMA | OLMO2 | {L + "pre_feedforward_layernorm.weight": "layers.{i}.mlp_norm.weight"}
+T = "transformer.h.{i}."
+BLOOM = {
+    "transformer.word_embeddings.weight": "embed.weight",
+    "transformer.word_embeddings_layernorm.*": "embed_norm.*",
+    "transformer.ln_f.*": "norm.*",
+    "lm_head.weight": "head.weight",
+    T + "input_layernorm.*": "layers.{i}.attention_norm.*",
+    T + "ln_attn.*": "layers.{i}.attention_norm.*",
+    T + "ln_mlp.*": "layers.{i}.mlp_norm.*",
+    T + "post_attention_layernorm.*": "layers.{i}.mlp_norm.*",
+    T + "self_attention.query_key_value.*": "layers.{i}.attention.qkv.* heads-apart",
+    T + "self_attention.dense.*": "layers.{i}.attention.out.*",
+    T + "mlp.dense_h_to_4h.*": "layers.{i}.mlp.up.*",
+    T + "mlp.dense_4h_to_h.*": "layers.{i}.mlp.down.*",
+}
+GPT2 = {
+    "wte.weight": "embed.weight",
+    "wpe.weight": "positions.weight",
+    "ln_f.*": "norm.*",
+    "h.{i}.ln_1.*": "layers.{i}.attention_norm.*",
+    "h.{i}.ln_2.*": "layers.{i}.mlp_norm.*",
+    "h.{i}.attn.c_attn.weight": "layers.{i}.attention.qkv.weight transposed",
+    "h.{i}.attn.c_attn.bias": "layers.{i}.attention.qkv.bias",
+    "h.{i}.attn.c_proj.weight": "layers.{i}.attention.out.weight transposed",
+    "h.{i}.attn.c_proj.bias": "layers.{i}.attention.out.bias",
+    "h.{i}.mlp.c_fc.weight": "layers.{i}.mlp.up.weight transposed",
+    "h.{i}.mlp.c_fc.bias": "layers.{i}.mlp.up.bias",
+    "h.{i}.mlp.c_proj.weight": "layers.{i}.mlp.down.weight transposed",
+    "h.{i}.mlp.c_proj.bias": "layers.{i}.mlp.down.bias",
+}
+GPT2 |= {"transformer." + name: target for name, target in GPT2.items()}
+GPT2 |= {"lm_head.weight": "head.weight"}
+GPTJ = {
+    "transformer.wte.weight": "embed.weight",
+    "transformer.wpe.weight": "positions.weight",
+    "transformer.ln_f.*": "norm.*",
+    "lm_head.*": "head.*",
+    T + "ln_1.*": "layers.{i}.attention_norm.*",
+    T + "ln_2.*": "layers.{i}.mlp_norm.*",
+    T + "mlp.fc_in.*": "layers.{i}.mlp.up.*",
+    T + "mlp.fc_out.*": "layers.{i}.mlp.down.*",
+    T + "mlp.c_fc.*": "layers.{i}.mlp.up.*",
+    T + "mlp.c_proj.*": "layers.{i}.mlp.down.*",
+} | {
+    f"{T}attn.{inner}{part}": f"layers.{{i}}.attention.{ours}"
+    for inner in ("", "attention.")
+    for part, ours in {
+        "q_proj.*": "qkv.* q",
+        "k_proj.*": "qkv.* k",
+        "v_proj.*": "qkv.* v",
+        "out_proj.*": "out.*",
+    }.items()
+}
+D = "model.decoder.layers.{i}."
+OPT = {
+    "model.decoder.embed_tokens.weight": "embed.weight",
+    "model.decoder.embed_positions.weight": "positions.weight",
+    "model.decoder.project_in.weight": "project_in.weight",
+    "model.decoder.project_out.weight": "project_out.weight",
+    "model.decoder.final_layer_norm.*": "norm.*",
+    "lm_head.weight": "head.weight",
+    D + "self_attn_layer_norm.*": "layers.{i}.attention_norm.*",
+    D + "final_layer_norm.*": "layers.{i}.mlp_norm.*",
+    D + "self_attn.q_proj.*": "layers.{i}.attention.qkv.* q",
+    D + "self_attn.k_proj.*": "layers.{i}.attention.qkv.* k",
+    D + "self_attn.v_proj.*": "layers.{i}.attention.qkv.* v",
+    D + "self_attn.out_proj.*": "layers.{i}.attention.out.*",
+    D + "fc1.*": "layers.{i}.mlp.up.*",
+    D + "fc2.*": "layers.{i}.mlp.down.*",
+}
+XGLM = {  # OPT's, one floor up
+    name.replace("decoder.", ""): target
+    for name, target in OPT.items()
+    if "final_layer_norm" not in name or "{i}" in name
+} | {"model.layer_norm.*": "norm.*"}
+OPT |= {name.removeprefix("model."): target for name, target in OPT.items()}
+N = "gpt_neox.layers.{i}."
+GPT_NEOX = {
+    "gpt_neox.embed_in.weight": "embed.weight",
+    "gpt_neox.final_layer_norm.*": "norm.*",
+    "embed_out.weight": "head.weight",
+    "lm_head.weight": "head.weight",
+    N + "input_layernorm.*": "layers.{i}.attention_norm.*",
+    N + "post_attention_layernorm.*": "layers.{i}.mlp_norm.*",
+    N + "attention.query_key_value.*": "layers.{i}.attention.qkv.* heads-apart",
+    N + "attention.dense.*": "layers.{i}.attention.out.*",
+    N + "mlp.dense_h_to_4h.*": "layers.{i}.mlp.up.*",
+    N + "mlp.dense_4h_to_h.*": "layers.{i}.mlp.down.*",
+}
+
+
+def experts(prefix: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """One tensor an expert."""
+    return {
+        prefix + f"experts.{{e}}.{gate}.weight": "layers.{i}.mlp.up {e} gate",
+        prefix + f"experts.{{e}}.{up}.weight": "layers.{i}.mlp.up {e} up",
+        prefix + f"experts.{{e}}.{down}.weight": "layers.{i}.mlp.down {e}",
+        prefix + "gate.weight": "layers.{i}.mlp.router.weight",
+    }
+
+
+def plus_one(names: Mapping[str, str]) -> dict[str, str]:
+    """Gemma stores the weights of its norms less one."""
+    return {k: v + " plus-one" if "norm" in v else v for k, v in names.items()}
+
+
+# ── the table ─────────────────────────────────────────────────────────────────────────────────
 
 E = L + "mlp.experts."
 FAMILIES: dict[str, Family] = {

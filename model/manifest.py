@@ -18,7 +18,7 @@ from torch import Size
 from model.checkpoint import CheckpointError, describe, read_json, short
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.families import Family, Place
+from model.family import Family, Place
 from model.tensorfile import TensorFile
 
 WHOLE = "model.safetensors"

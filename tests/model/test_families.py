@@ -13,8 +13,9 @@ from kernels.native import NotHere
 from model.batch import LAST_SAMPLE, Batch, Ints, Seat
 from model.cache import Cache, Rows
 from model.decoder import Decoder
-from model.families import FAMILIES, UnsupportedModelError, family_of
+from model.families import FAMILIES, family_of
 from model.pack import pack_decoder
+from model.readings import UnsupportedModelError
 from model.runner import Runner
 from model.sampling import Sampling
 from model.weights import load
