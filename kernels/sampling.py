@@ -31,7 +31,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64: Steele, Lea, Flood 2014
 CANDIDATES = 256  # how many best are first looked at on a CPU; most cuts lie within
 CHUNK = 1 << 20  # logits at once on a CPU, so that they stay in its cache
 
-TEMPERATURE, TOP_K, TOP_P, MIN_P, TYPICAL_P = range(5)  # columns of settings
+OFF = (0, 1, 0, 1)  # top_k, top_p, min_p, typical_p that change nothing
 
 
 # -- randomness, on the host: one number a row ----------------------------------------------------
@@ -63,87 +63,113 @@ def uniform_bits(
 
 
 def sample_reference(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
-    greedy = settings[:, TEMPERATURE] == 0
-    weights = kept_weights(logits, settings, logits.shape[1])
-    tokens = torch.where(greedy, logits.argmax(-1), _draw(weights, bits))
+    ids, weights = keep(logits, settings, logits.shape[1])
+    tokens = torch.where(settings[:, 0] > 0, _draw_best(ids, weights, bits), logits.argmax(-1))
     return tokens.masked_fill(~logits.amax(-1).isfinite(), -1)
 
 
-def kept_weights(logits: Tensor, settings: Tensor, width: int) -> Tensor:
-    """-> [m, vocabulary] int64, 0 where a token is not kept. `width`: how many best to sort first;
-    the vocabulary's size sorts once and never asks the device whether that was enough."""
+def keep(logits: Tensor, settings: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """-> ids [m, n] of the best, falling, and their weights, 0 if dropped. n is `width` if that
+    holds all that is kept, else more; the vocabulary's size always does, and asks nobody."""
     temperature, top_k, top_p, min_p, typical_p = settings[:, :, None].unbind(1)
-    below = (logits - logits.amax(-1, keepdim=True)) * (1 / temperature.where(temperature > 0, 1))
-    weights = (below.exp() * UNIT).long()
-    if _wanted(top_k > 0):
-        best = logits.topk(_widest(top_k, logits.shape[1]), -1).values
-        last = best.gather(1, (top_k.long() - 1).clamp(0, best.shape[1] - 1))
-        weights.masked_fill_((logits < last) & (top_k > 0), 0)
-    if _wanted(top_p < 1):
-        weights.masked_fill_((logits < _mass_cut(logits, weights, top_p, width)) & (top_p < 1), 0)
-    if _wanted(min_p > 0):
-        weights.masked_fill_(weights < min_p.double() * UNIT, 0)
-    if _wanted(typical_p < 1):
-        near = _nearness(below, weights)
-        cut = _mass_cut(near, weights, typical_p, width)
-        weights.masked_fill_((near < cut) & (typical_p < 1), 0)
-    return weights
-
-
-def _wanted(rows: Tensor) -> bool:
-    """Whether a filter must run. Off the CPU it always does: to ask would be to wait."""
-    return rows.device.type != "cpu" or bool(rows.any())
-
-
-def _widest(top_k: Tensor, size: int) -> int:
-    return size if top_k.device.type != "cpu" else min(int(top_k.max()), size)
-
-
-def _mass_cut(scores: Tensor, weights: Tensor, share: Tensor, width: int) -> Tensor:
-    """The lowest score kept when the greatest are taken until they hold `share` of all weight."""
-    target = share.double() * weights.sum(-1, keepdim=True)
-    size = scores.shape[1]
+    inverse = 1 / temperature.where(temperature > 0, 1)
+    size = logits.shape[1]
+    everything = _all_weights(logits, inverse, (top_k == 0) & (top_p < 1))
     while True:
         width = min(width, size)
-        best = scores.topk(width, -1)
-        held = weights.gather(1, best.indices)
-        count = (held.cumsum(-1) - held < target).sum(-1, keepdim=True)
-        if width == size or bool((count < width).all()):
-            return best.values.gather(1, (count - 1).clamp(min=0))
-        width *= 16
+        values, ids = logits.topk(width, -1)
+        weights = _weigh(values, values[:, :1], inverse)
+        last = values.gather(1, (top_k.long() - 1).clamp(0, width - 1))
+        weights.masked_fill_((values < last) & (top_k > 0), 0)
+        of = torch.where(top_k > 0, weights.sum(-1, keepdim=True), everything)
+        weights.masked_fill_((values < _mass_cut(values, weights, top_p, of)) & (top_p < 1), 0)
+        weights.masked_fill_(weights < min_p.double() * UNIT, 0)
+        if width == size or not weights[:, -1].any():
+            break
+        width = 16 * width
+    if _unwanted(typical_p < 1):
+        return ids, weights
+    near = _nearness((values - values[:, :1]) * inverse, weights)
+    order = near.sort(-1, descending=True).indices
+    near, ids, weights = (t.gather(1, order) for t in (near, ids, weights))
+    cut = _mass_cut(near, weights, typical_p, weights.sum(-1, keepdim=True))
+    return ids, weights.masked_fill_((near < cut) & (typical_p < 1), 0)
+
+
+def _weigh(logits: Tensor, top: Tensor, inverse: Tensor) -> Tensor:
+    return ((logits - top) * inverse).exp_().mul_(UNIT).long()
+
+
+def _all_weights(logits: Tensor, inverse: Tensor, wanted: Tensor) -> Tensor:
+    """Σ w over the whole vocabulary, [m, 1], where anyone wants it."""
+    if _unwanted(wanted):
+        return torch.zeros(1, dtype=torch.int64)
+    return _weigh(logits, logits.amax(-1, keepdim=True), inverse).sum(-1, keepdim=True)
+
+
+def _unwanted(wanted: Tensor) -> bool:
+    """Whether nobody wants it. Elsewhere than on a CPU to ask would be to wait: someone may."""
+    return wanted.device.type == "cpu" and not wanted.any()
+
+
+def _mass_cut(scores: Tensor, weights: Tensor, share: Tensor, total: Tensor) -> Tensor:
+    """The lowest of falling scores kept when the first are taken until they hold their share."""
+    count = (weights.cumsum(-1) - weights < share.double() * total).sum(-1, keepdim=True)
+    return scores.gather(1, (count - 1).clamp(min=0))
 
 
 def _nearness(below: Tensor, weights: Tensor) -> Tensor:
-    """−| −log p − entropy | of what is kept, [m, vocabulary]; −inf of what is not. Both are
-    log Σ w apart from `below` and its mean, and what they share does not matter."""
+    """−| −log p − entropy | of what is kept, [m, n]; −inf of what is not. Both are log Σ w apart
+    from `below` and its mean, and what they share does not matter."""
     held = (weights * below.double()).masked_fill(weights == 0, 0)
     mean = held.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
     return (-(below - mean.float()).abs()).masked_fill(weights == 0, -torch.inf)
 
 
 def _draw(weights: Tensor, bits: Tensor) -> Tensor:
-    """The first id whose running sum exceeds u · total, [m]"""
+    """The first place whose running sum exceeds u · total, [m]"""
     sums = weights.cumsum(-1)
     share = ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
     total = sums[:, -1]
     at = torch.minimum((share * total).long(), total - 1)
-    tokens = torch.searchsorted(sums, at[:, None], right=True)[:, 0]
-    return tokens.clamp(max=weights.shape[1] - 1)
+    places = torch.searchsorted(sums, at[:, None], right=True)[:, 0]
+    return places.clamp(max=weights.shape[1] - 1)
+
+
+def _draw_best(ids: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
+    """The same from ids in any order: sums run by id."""
+    rising = ids.sort(-1)
+    places = _draw(weights.gather(1, rising.indices), bits)
+    return rising.values.gather(1, places[:, None])[:, 0]
 
 
 def sample_native(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
-    """The CPU's own way: some rows at a time, only the best sorted, only filters that are on."""
+    """The CPU's own way: rows of a kind together, some at a time, none sorted but for its best."""
     tokens = torch.empty(len(logits), dtype=torch.int64)
-    greedy = settings[:, TEMPERATURE] == 0
-    plain = ~greedy & (settings[:, TOP_K:] == settings.new_tensor([0, 1, 0, 1])).all(-1)
-    for rows in (greedy, plain, ~(greedy | plain)):
-        for some in torch.split(rows.nonzero()[:, 0], max(1, CHUNK // logits.shape[1])):
-            mine = logits[some]
-            if rows is greedy:
-                tokens[some] = mine.argmax(-1)
-            else:
-                weights = kept_weights(mine, settings[some], CANDIDATES)
-                tokens[some] = _draw(weights, bits[some])
+    host = settings.numpy()
+    kinds = np.where((host[:, 1:] == OFF).all(1), 1, 2) * (host[:, 0] > 0)
+    step = max(1, CHUNK // logits.shape[1])
+    for kind, way in enumerate((_greedy, _plain, _filtered)):
+        rows = torch.from_numpy(np.flatnonzero(kinds == kind))
+        for some in torch.split(rows, step) if len(rows) else ():
+            tokens[some] = way(logits[some], bits[some], settings[some])
+    return tokens
+
+
+def _greedy(logits: Tensor, _bits: Tensor, _settings: Tensor) -> Tensor:
+    tokens = logits.argmax(-1)
+    return tokens.masked_fill_(~logits.gather(1, tokens[:, None])[:, 0].isfinite(), -1)
+
+
+def _plain(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
+    top = logits.amax(-1, keepdim=True)
+    tokens = _draw(_weigh(logits, top, 1 / settings[:, :1]), bits)
+    return tokens.masked_fill_(~top[:, 0].isfinite(), -1)
+
+
+def _filtered(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
+    width = max(CANDIDATES, int(settings[:, 1].max()) + 1)  # more than k, or equals could be cut
+    tokens = _draw_best(*keep(logits, settings, width), bits)
     return tokens.masked_fill_(~logits.amax(-1).isfinite(), -1)
 
 
