@@ -59,7 +59,7 @@ def start(
     config = decoder.config
     context = context or config.context
     stored = next(iter(decoder.parameters())).dtype
-    parameters = sum(p.numel() for p in decoder.parameters())
+    parameters, width = sum(p.numel() for p in decoder.parameters()), stored.itemsize
     ways = ""
     if where.type == "cpu" and kernels != "reference":
         ways = _enable_native(decoder, quantize == "int8")
@@ -77,6 +77,7 @@ def start(
     about = {
         "family": config.family,
         "parameters": parameters,
+        "weight_bytes": width,
         "device": _name(where),
         "dtype": str(stored).removeprefix("torch."),
         "quantize": quantize,
