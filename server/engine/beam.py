@@ -292,7 +292,13 @@ def stable(rules: Rules, searches: Sequence[Search], after: int = 0) -> Node | N
 
 
 def _able(rules: Rules, search: Search, score: float) -> list[Node]:
-    return [] if search.stop else [node for node in search.live if bound(rules, node) > score]
+    """The beams that may still exceed the score; they stand in falling order."""
+    if search.stop:
+        return []
+    live = search.live
+    if bound(rules, live[-1]) > score:
+        return list(live)
+    return [node for node in live if bound(rules, node) > score]
 
 
 def force(search: Search, length: int) -> Search:

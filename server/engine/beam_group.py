@@ -153,22 +153,24 @@ class BeamGroup:
 
     def _exit(self) -> None:
         """`exact_exit` of diverse groups. All at once: while one goes on, the others cost it."""
-        finished, running = self.answers, [search for search in self.searches if not search.stop]
-        if len(self.searches) == 1 or not self.beams.exact_exit or len(finished) < self.n:
+        if len(self.searches) == 1 or not self.beams.exact_exit:
+            return
+        finished, running = self.answers, [s for s in self.searches if not s.stop]
+        if len(finished) < self.n:
             return
         if all(bound(self.rules, s.live[0]) <= finished[-1].score for s in running):
             self.searches = [replace(s, stop=s.stop or "exact_exit") for s in self.searches]
 
     def _fix(self) -> list[Node]:
-        """What became certain."""
+        """What became certain, or was forced to be."""
         if self.beams.mode == "final" and not self.done:
             return []
         fixed = self._certain()
-        search = self.searches[0]
-        certain = self.answers and self.committed == self.answers[0].node.length
-        if self.beams.mode == "windowed" and not self.done and not certain:
+        if self.beams.mode == "windowed" and not self.done:
+            search, answers = self.searches[0], self.answers
             length = search.length - self.beams.window
-            if length > self.committed:
+            sure = answers and self.committed == answers[0].node.length
+            if length > self.committed and not sure:
                 self.searches = [force(search, length)]
                 fixed += self._certain()
         return fixed
