@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, ClassVar
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -27,6 +28,7 @@ from server.config import Limits
 from server.errors import BadMessage, Busy, HeadersTooLarge, KvistError, TooSlow, UrlTooLong
 
 PIECE = 256 << 10  # the most that one read brings: a head's end may lie anywhere in it
+UNREAD = 256 << 10  # bytes that the kernel keeps for a client; by itself it would take megabytes
 FAREWELL = 2.0  # seconds for the last error events to leave
 SPARE = 64  # file descriptors that are not connections
 log = logging.getLogger("kvist.listen")
@@ -40,9 +42,11 @@ class Guarded(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
+        self.timeout_keep_alive = self.limits.idle_timeout  # type: ignore[assignment]
         self._arrival = Timer(self.loop)  # a request is coming in
         self._unread = Timer(self.loop)  # an answer is not going out
         self._in_head = True
+        self._begun = False  # something of a request came
         self._fed = 0  # bytes since the last head was complete
         self._size = 0  # bytes of the headers of this request
         self._wrong: KvistError | None = None
@@ -70,10 +74,28 @@ class Guarded(HttpToolsProtocol):
                 return
         if not self._arrival.runs and not self._answering:
             self._arm()
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            self._decline(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _decline(self, rest: bytes) -> None:
+        """Some clients offer another protocol with each request (Java: h2c); the parser then takes
+        the body for that protocol. Read the request again without the offer."""
+        kept = [(name, value) for name, value in self.headers if name != b"upgrade"]
+        lines = b"".join(name + b": " + value + b"\r\n" for name, value in kept)
+        head = self.parser.get_method() + b" " + self.url + b" HTTP/1.1\r\n" + lines
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(head + b"\r\n" + rest)
 
     def on_message_begin(self) -> None:
-        self._in_head, self._fed, self._size = True, 0, 0
+        self._in_head, self._begun, self._fed, self._size = True, True, 0, 0
         self._arm()
         super().on_message_begin()
 
@@ -92,8 +114,11 @@ class Guarded(HttpToolsProtocol):
         hosts = sum(name == b"host" for name, _ in self.headers)
         if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
             self._raise(BadMessage(f"The request has {hosts} Host headers, but must have one."))
-        self._in_head, self._fed = False, 0
-        super().on_headers_complete()
+        if self.parser.get_method() == b"CONNECT":
+            self._raise(BadMessage("This server is no proxy."))
+        if not self.parser.should_upgrade():
+            self._in_head, self._fed = False, 0
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._fed += len(body)
@@ -102,8 +127,10 @@ class Guarded(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._arrival.stop()
-        self._in_head, self._fed = True, 0
+        self._in_head, self._begun, self._fed = True, False, 0
         super().on_message_complete()
 
     def _arm(self) -> None:
@@ -112,11 +139,11 @@ class Guarded(HttpToolsProtocol):
     def _too_slow(self) -> None:
         if self._answering:
             return  # a pipelined request waits for us, not we for it
-        if self._in_head and self._fed == 0:
-            self._close()  # nothing was asked
-        else:
+        if self._begun:
             seconds = self.limits.receive_timeout
             self._refuse(TooSlow(f"The request did not arrive within {seconds:g} seconds."))
+        else:
+            self._close()
 
     def _too_large(self) -> KvistError:
         most, size = self.limits.headers, self.limits.header_bytes
@@ -280,7 +307,6 @@ def configure(app: Any, front: Front, **more: Any) -> Server:
         date_header=True,
         proxy_headers=False,
         backlog=2048,
-        timeout_keep_alive=int(settings.limits.idle_timeout) or 1,
         ssl_certfile=settings.tls_cert and str(settings.tls_cert),
         ssl_keyfile=settings.tls_key and str(settings.tls_key),
         **more,
@@ -294,6 +320,7 @@ def bind(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)  # connections inherit it
     made.bind(address)
     made.listen(2048)
     made.setblocking(False)

@@ -162,14 +162,20 @@ def _name(settings: Settings) -> str:
 
 
 def _greeting(served: Served, info: dict[str, Any], url: str) -> str:
-    """One line that answers what people ask first."""
-    kernels = info.get("kernels")
-    ways = "; ".join(f"{name} {why}" for name, why in kernels.items()) if kernels else ""
+    """One line that answers what people ask first; /health has the rest."""
     return (
         f"Kvist {VERSION} serves {', '.join(served.names)} on {info.get('device', '?')}"
-        f" in {info.get('dtype', '?')}{f' ({ways})' if ways else ''};"
+        f" in {info.get('dtype', '?')} ({_ways(info.get('kernels', {}))});"
         f" the KV cache holds {served.capacity} tokens, a request up to {served.context}: {url}"
     )
+
+
+def _ways(kernels: dict[str, str]) -> str:
+    """Which kernels run which way, and why: those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in kernels.items():
+        reasons.setdefault(reason, []).append(name)
+    return "; ".join(f"{why}: {', '.join(names)}" for why, names in reasons.items())
 
 
 def _address(listener: socket.socket) -> str:

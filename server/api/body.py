@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from server.api.work import LARGE, Pool
 from server.config import Limits
-from server.errors import BodyTooLarge, MalformedBody, WrongMediaType
+from server.errors import BodyTooLarge, Cancelled, MalformedBody, WrongMediaType
 
 Read = TypeVar("Read")
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -59,11 +59,14 @@ async def read(request: Request, most: int) -> bytes:
     if told.isdecimal() and int(told) > most:
         raise _too_large(most)
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > most:
-            raise _too_large(most)
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise _too_large(most)
+            parts.append(part)
+    except ClientDisconnect:
+        raise Cancelled("The client closed the connection.") from None
     return b"".join(parts)
 
 

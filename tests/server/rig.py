@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -35,8 +35,9 @@ class Rig:
     def raw(self, data: bytes) -> bytes:
         """All that comes back for these bytes until the server closes."""
         with self.connect() as one:
-            one.sendall(data)
-            one.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # refused before all of it was sent
+                one.sendall(data)
+                one.shutdown(socket.SHUT_WR)
             return read_all(one)
 
 

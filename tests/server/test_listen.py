@@ -1,0 +1,256 @@
+"""Below the application: what raw sockets can do to the listener."""
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from server.config import Settings
+from tests.server.rig import Rig, limits, read_all, running
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+GET = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with running() as made:
+        yield made
+
+
+def answers(data: bytes) -> list[int]:
+    """The status of each answer in these bytes."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", data)]
+
+
+def check_object(data: bytes) -> Any:
+    body = json.loads(data.partition(b"\r\n\r\n")[2])
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert b"connection: close" in data.lower()
+    return body["error"]["code"]
+
+
+SMUGGLED = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        HEAD + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + b"content-length: 2\r\ncontent-length: 30\r\n\r\n{}" + SMUGGLED,
+        HEAD + b"content-length: 2\r\ncontent-length: 2\r\n\r\n{}" + SMUGGLED,
+        HEAD + b"content-length: 2, 2\r\n\r\n{}" + SMUGGLED,
+        HEAD + b"content-length: -1\r\n\r\n" + SMUGGLED,
+        HEAD + b"content-length: +2\r\n\r\n{}" + SMUGGLED,
+        HEAD + b"content-length: 0x2\r\n\r\n{}" + SMUGGLED,
+        HEAD + b"content-length: 99999999999999999999\r\n\r\n{}" + SMUGGLED,
+        HEAD + b"content-length : 2\r\n\r\n{}" + SMUGGLED,
+        HEAD + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n" + SMUGGLED,
+        HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}x0\r\n\r\n" + SMUGGLED,
+        HEAD + b"transfer-encoding: chunked\r\n\r\n-2\r\n{}\r\n0\r\n\r\n" + SMUGGLED,
+        GET + b"x: a\rb\r\n\r\n" + SMUGGLED,
+        GET + b"x: a\x00b\r\n\r\n" + SMUGGLED,
+        GET + b"x y: z\r\n\r\n" + SMUGGLED,
+        GET + b" folded: z\r\n\r\n" + SMUGGLED,
+        GET + b"host: y\r\n\r\n" + SMUGGLED,
+        b"GET /health/live HTTP/1.1\r\n\r\n" + SMUGGLED,
+        b"GET /health/live HTTP/9.9\r\nhost: x\r\n\r\n" + SMUGGLED,
+        b"\x16\x03\x01\x02\x00\x01\x00" + SMUGGLED,
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SMUGGLED,
+        b"{}" + SMUGGLED,
+    ],
+)
+def test_what_two_readers_could_read_differently_gets_one_400(rig: Rig, message: bytes) -> None:
+    """T23: one answer, never two, and the connection ends."""
+    data = rig.raw(message)
+    assert answers(data) == [400]
+    assert check_object(data) in ("bad_http_message", "invalid_json")
+
+
+def test_a_bad_message_after_a_good_one(rig: Rig) -> None:
+    data = rig.raw(GET + b"\r\n" + GET + b"content-length: 1\r\ntransfer-encoding: chunked\r\n\r\n")
+    assert answers(data) in ([200], [200, 400])
+    assert data.count(b'"status":"live"') == 1
+
+
+def test_a_bad_message_during_an_answer_lets_it_finish(rig: Rig) -> None:
+    rig.engine.delay = 0.01
+    body = json.dumps({"prompt": "x", "max_tokens": 10, "stream": True}).encode()
+    with rig.connect() as one:
+        one.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+        data = one.recv(100)
+        one.sendall(b"\x00\x01\x02 not http\r\n\r\n")
+        data += read_all(one)
+    rig.engine.delay = 0
+    assert answers(data) == [200]
+    assert data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+def test_pipelined_requests_are_answered_in_order(rig: Rig) -> None:
+    bodies = [
+        json.dumps({"prompt": "x", "max_tokens": n, "temperature": 0}).encode() for n in (9, 1)
+    ]
+    asked = [HEAD + b"content-length: %d\r\n\r\n" % len(body) + body for body in bodies]
+    with rig.connect() as one:
+        one.sendall(b"".join(asked) + GET + b"connection: close\r\n\r\n")
+        data = read_all(one)
+    assert answers(data) == [200, 200, 200]
+    assert data.index(b'"completion_tokens":9') < data.index(b'"completion_tokens":1,')
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "code"),
+    [
+        (GET + b"x: " + b"a" * (1 << 20) + b"\r\n\r\n", 431, "headers_too_large"),
+        (GET + b"x: y\r\n" * 10_000 + b"\r\n", 431, "headers_too_large"),
+        (GET + b"x: y\r\n" * 101 + b"\r\n", 431, "headers_too_large"),
+        (GET + b"a" * (1 << 20), 431, "headers_too_large"),
+        (b"GET /" + b"a" * (256 << 10) + b" HTTP/1.1\r\nhost: x\r\n\r\n", 414, "url_too_long"),
+        (b"GET /?" + b"a" * 9000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 414, "url_too_long"),
+    ],
+)
+def test_heads_have_a_size(rig: Rig, message: bytes, status: int, code: str) -> None:
+    """T20"""
+    data = rig.raw(message)
+    if data:  # a reset may overtake the answer when the client still sends
+        assert answers(data) == [status]
+        assert check_object(data) == code
+
+
+def test_chunk_bombs(rig: Rig) -> None:
+    """T21: a million chunks of one byte are a body like any other."""
+    with rig.connect() as one:
+        one.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\n")
+        got = b""
+        try:
+            for _ in range(100):
+                one.sendall(b"1\r\n \r\n" * 10_000)
+            one.sendall(b"0\r\n\r\n")
+            got = one.recv(4096)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+    assert not got or answers(got) == [400]
+
+
+def test_unknown_upgrades_are_ignored(rig: Rig) -> None:
+    """Java's client offers h2c with each request."""
+    offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAA\r\n"
+    body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    with rig.connect() as one:
+        one.sendall(HEAD + offer + b"content-length: %d\r\n\r\n" % len(body) + body)
+        assert answers(one.recv(65536)) == [200]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"\r\n",
+        b"POST /v1/comp",
+        HEAD,
+        HEAD + b"content-length: 10\r\n\r\n",
+        HEAD + b"content-length: 10\r\n\r\n{",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n",
+        GET + b"\r\n",
+        GET + b"\r\n" + GET,
+    ],
+)
+def test_slow_and_idle_connections_end(sent: bytes) -> None:
+    """T24: headers, bodies and silence have a deadline; those who keep it are not touched."""
+    with running(limits(receive_timeout=0.15, idle_timeout=0.3)) as rig:
+        rig.engine.delay = 0.02
+        body = json.dumps({"prompt": "x", "max_tokens": 20, "stream": True}).encode()
+        with rig.connect() as slow, rig.connect() as good:
+            good.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+            slow.sendall(sent)
+            data = read_all(slow)  # ends, or the socket's own timeout fails the test
+            late = [408] if sent.strip() and not sent.endswith(GET + b"\r\n") else []
+            assert answers(data) == ([200] if b"GET" in sent else []) + late
+            if late:
+                assert b"request_timeout" in data
+            got = b""
+            while not got.endswith(b"0\r\n\r\n"):
+                got += good.recv(65536)
+            assert got.count(b"[DONE]") == 1
+
+
+def test_a_trickle_does_not_put_the_deadline_off() -> None:
+    def closed(one: socket.socket) -> bool:
+        try:
+            one.sendall(b"x")
+        except (BrokenPipeError, ConnectionResetError):
+            return True
+        return False
+
+    with running(limits(receive_timeout=0.3)) as rig, rig.connect() as one:
+        until(lambda: closed(one))
+
+
+def test_a_client_that_reads_nothing_is_given_up() -> None:
+    """T25: its connection ends, its request is cancelled, its neighbours never wait."""
+    with running(limits(unread_seconds=0.3)) as rig:
+        rig.engine.burst = 500
+        body = json.dumps({"prompt": "x", "max_tokens": 4000, "n": 8, "logprobs": 5}).encode()
+        one = socket.socket()
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        one.connect(("127.0.0.1", rig.port))
+        with one:
+            stream = body.replace(b"{", b'{"stream": true, ', 1)
+            one.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(stream) + stream)
+            until(lambda: rig.engine.seen)
+            until(lambda: not rig.front.running)
+            until(lambda: not rig.server.server_state.connections)
+        assert rig.raw(GET + b"\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_more_connections_than_allowed_are_told_so() -> None:
+    """T79"""
+    with running(limits(connections=5)) as rig, ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(rig.connect())
+        until(lambda: len(rig.server.server_state.connections) == 5)
+        with rig.connect() as one:
+            data = read_all(one)
+        assert answers(data) == [429]
+        assert check_object(data) == "rate_limit_exceeded"
+    with running(limits(connections=5)) as rig:
+        assert rig.raw(GET + b"\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_early_answers_do_not_lose_the_rest(rig: Rig) -> None:
+    """An error that needs no body is heard although the client still sends it."""
+    body = b"x" * (8 << 20)
+    with rig.connect() as one:
+        one.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body))
+        one.sendall(body)
+        data = one.recv(65536)
+        assert answers(data) == [413]
+        one.sendall(GET + b"connection: close\r\n\r\n")
+        assert answers(read_all(one)) == [200]
+
+
+def test_ports_can_be_asked_again_at_once() -> None:
+    """A restart does not wait for old connections to be forgotten."""
+    with running(Settings(shutdown_timeout=5)) as rig:
+        rig.raw(GET + b"\r\n")
+        port = rig.port
+    from server.listen import bind
+
+    with bind("127.0.0.1", port) as again:
+        assert again.getsockname()[1] == port
+
+
+def until(true: Any, seconds: float = 8) -> None:
+    tick, end = threading.Event(), time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never became true"
+        tick.wait(0.005)
