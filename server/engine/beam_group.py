@@ -216,7 +216,7 @@ def _refused(request: Request, beams: Beams) -> tuple[str, str] | None:
     if beams.width % beams.groups:
         return f"{beams.width} beams do not divide into {beams.groups} groups", "num_beam_groups"
     if beams.groups > 1 and beams.sample:
-        return "diverse groups take the best successors: they cannot also be drawn", "do_sample"
+        return "diverse groups take the best successors: they cannot also be drawn", "beam_sample"
     if beams.mode == "windowed" and (beams.groups > 1 or beams.window < 1):
         return "a windowed stream needs a window of 1 or more, and one group", "beam_stream"
     if beams.sample and (request.sampling.top_p < 1 or request.sampling.typical_p < 1):

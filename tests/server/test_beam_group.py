@@ -440,7 +440,7 @@ def test_min_p_leaves_nothing_improbable_to_draw() -> None:
         (request(width=2, n=3), "n is 3, but 2 beams", "n"),
         (request(max_tokens=0), "max_tokens is 0", "max_tokens"),
         (request(width=4, groups=3), "4 beams do not divide into 3 groups", "num_beam_groups"),
-        (request(width=4, groups=2, sample=True), "cannot also be drawn", "do_sample"),
+        (request(width=4, groups=2, sample=True), "cannot also be drawn", "beam_sample"),
         (request(mode="windowed"), "a window of 1 or more", "beam_stream"),
         (request(mode="windowed", window=3, groups=2), "one group", "beam_stream"),
         (request(sample=True, top_p=0.9), "leave top_p out", "top_p"),
