@@ -110,7 +110,8 @@ def greedy(decoder: Decoder, prompt: Tensor, count: int) -> list[int]:
     """Through the runner, each token fed from where it was sampled."""
     total = len(prompt) + count
     table, pages = scattered_pages(1, -(-total // PAGE))
-    runner = Runner(decoder, Cache(decoder.config, pages, PAGE), seats=2)
+    device = decoder.embed.get_parameter("weight").device
+    runner = Runner(decoder, Cache(decoder.config, pages, PAGE, device=device), seats=2)
     seat = Seat(1, Sampling(temperature=0), 0, prompt.tolist(), [])
     tokens = prompt.numpy().astype(np.int32)
     out: list[int] = []
