@@ -65,7 +65,7 @@ EXTRA = [
     "n",
     "",
 ]
-BYTES = [b"NaN", b"1e999", b"[" * 200, b\'"\', b"\\\\ud800", b"9" * 5000]
+BYTES = [b"NaN", b"1e999", b"[" * 200, b'"', b"\\ud800", b"9" * 5000]
 
 
 def value(rng: random.Random, depth: int = 0) -> Any:
