@@ -20,7 +20,7 @@ from server.errors import InvalidField, TooLong, UnsupportedField
 routes = APIRouter(tags=["embeddings"], dependencies=[Depends(known)])
 
 
-@routes.post("/v1/embeddings", openapi_extra={"x-body": EmbeddingBody})
+@routes.post("/v1/embeddings")
 async def embeddings(request: Request) -> Response:
     """One vector a text: the mean of its tokens' last hidden states, or the last of them."""
     front: Front = request.app.state.front

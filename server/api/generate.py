@@ -23,13 +23,13 @@ from server.metrics import Meter
 routes = APIRouter(tags=["generate"])
 
 
-@routes.post("/v1/completions", openapi_extra={"x-body": CompletionBody})
+@routes.post("/v1/completions")
 async def completions(request: Request, salt: str = Depends(known)) -> Response:
     """Go on with a text."""
     return await _generate(request, salt, _completion, CompletionShape, "text_completion")
 
 
-@routes.post("/v1/chat/completions", openapi_extra={"x-body": ChatBody})
+@routes.post("/v1/chat/completions")
 async def chat(request: Request, salt: str = Depends(known)) -> Response:
     """Answer a conversation."""
     return await _generate(request, salt, _chat, ChatShape, "chat")

@@ -19,7 +19,7 @@ routes = APIRouter(tags=["tokens"], dependencies=[Depends(known)])
 
 
 @routes.post("/tokenize", include_in_schema=False)
-@routes.post("/v1/tokenize", openapi_extra={"x-body": TokenizeBody})
+@routes.post("/v1/tokenize")
 async def tokenize(request: Request) -> Response:
     """The token ids of a text or a conversation."""
     front: Front = request.app.state.front
@@ -51,7 +51,7 @@ def _spelled(served: Served, id: int) -> str:
 
 
 @routes.post("/detokenize", include_in_schema=False)
-@routes.post("/v1/detokenize", openapi_extra={"x-body": DetokenizeBody})
+@routes.post("/v1/detokenize")
 async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     front: Front = request.app.state.front

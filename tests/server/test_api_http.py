@@ -461,8 +461,11 @@ def test_docs_are_off_beyond_loopback(locked: tuple[Rig, Path], rig: Rig) -> Non
     for path in ("/docs", "/openapi.json", "/redoc"):
         assert call(locked[0], path)[0] == 404
     assert call(rig, "/docs")[0] == 200
-    schemas = call(rig, "/openapi.json")[2]["components"]["schemas"]
-    assert "num_beams" in schemas["CompletionBody"]["properties"]
+    page = call(rig, "/openapi.json")[2]
+    assert "num_beams" in page["components"]["schemas"]["CompletionBody"]["properties"]
+    posts = [path["post"] for path in page["paths"].values() if "post" in path]
+    assert len(posts) == 5
+    assert all("requestBody" in post for post in posts)
 
 
 def test_keys_can_be_rotated(locked: tuple[Rig, Path]) -> None:
