@@ -222,11 +222,13 @@ def _pooled(
     """The best of the old and the new; of equals, the old."""
     if not nodes:
         return search.pool
-    new = (Ending(n, _score(n.sum, n.length, rules), s) for n, s in zip(nodes, stops, strict=True))
+    new = (
+        Ending(n, score_of(n.sum, n.length, rules), s) for n, s in zip(nodes, stops, strict=True)
+    )
     return tuple(sorted((*search.pool, *new), key=lambda e: -e.score)[: rules.width])
 
 
-def _score(total: float, length: int, rules: Rules) -> float:
+def score_of(total: float, length: int, rules: Rules) -> float:
     """sum / length^α, rounded to float32 where torch would."""
     return float(np.float32(total / _power(length, rules.length_penalty)))
 
@@ -256,14 +258,14 @@ def _stop(rules: Rules, live: Sequence[Node], pool: Sequence[Ending]) -> Stop | 
 def attainable(rules: Rules, node: Node) -> float:
     """What transformers takes for the best score of the node's continuations."""
     never = rules.early_stopping == "never" and rules.length_penalty > 0
-    return _score(node.sum, rules.limit if never else node.length, rules)
+    return score_of(node.sum, rules.limit if never else node.length, rules)
 
 
 def bound(rules: Rules, node: Node) -> float:
     """What no continuation of the node can exceed."""
     if not rules.falling:
         return inf
-    return _score(node.sum, rules.limit if rules.length_penalty > 0 else node.length + 1, rules)
+    return score_of(node.sum, rules.limit if rules.length_penalty > 0 else node.length + 1, rules)
 
 
 def best(searches: Sequence[Search]) -> list[Ending]:

@@ -37,6 +37,7 @@ from server.engine.beam import (
     best,
     bound,
     force,
+    score_of,
     stable,
 )
 from server.engine.beam_events import Name, living
@@ -100,6 +101,8 @@ class BeamGroup:
         `strings` tells of (row, token) which stop string it completes."""
         before, rows = self.searches, {node: row for row, node in enumerate(self.live)}
         self.searches = list(self._stepped(tokens, logprobs, strings))
+        if self.done and not self.answers:  # masks left no token to anyone
+            self.searches = [self._stranded(search) for search in before]
         self._exit()
         fixed, live, tree = self._fix(), self.live, b""
         if self.beams.tree:
@@ -135,6 +138,13 @@ class BeamGroup:
             if search.length:  # before its first step, every group reads the prompt's one row
                 first = own.stop
             yield step.search
+
+    def _stranded(self, search: Search) -> Search:
+        """The beams answer as they stand."""
+        scores = [score_of(node.sum, max(node.length, 1), self.rules) for node in search.live]
+        pairs = zip(search.live, scores, strict=True)
+        pool = tuple(Ending(node, score, None) for node, score in pairs)
+        return Search((), pool, search.made, "all_ended")
 
     def _penalty(self, tokens: Ints, chosen: "Counter[int]") -> Floats | None:
         if not chosen:

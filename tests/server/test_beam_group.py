@@ -473,12 +473,20 @@ def test_wider_rows_than_asked_for_change_nothing() -> None:
         assert plain(narrow.answers) == plain(wide.answers)
 
 
-def test_where_no_token_is_allowed_there_is_no_answer() -> None:
+def test_where_masks_leave_no_token_the_beams_answer_as_they_stand() -> None:
+    tokens, nothing = np.arange(4, dtype=np.int32)[None], np.full((1, 4), -np.inf, np.float32)
     group = BeamGroup(request(width=2), 99)
-    nothing = np.full((1, 4), -np.inf, np.float32)
-    grown = group.advance(np.arange(4, dtype=np.int32)[None], nothing)
+    grown = group.advance(tokens, nothing)
     assert group.done
-    assert (grown.parents, grown.fixed, group.answers) == ([], [], [])
+    assert (grown.parents, grown.fixed) == ([], [])
+    assert plain(group.answers) == [([], 0.0, None)]
+
+    group = BeamGroup(request(width=2, n=2), 99)
+    group.advance(tokens, np.array([[-1, -3, -5, -np.inf]], np.float32))
+    grown = group.advance(tokens[[0, 0]], nothing[[0, 0]])
+    assert plain(group.answers) == [([0], -1.0, None), ([1], -3.0, None)]
+    assert [node.token for node in grown.fixed] == [0]
+    assert grown.parents == []
 
 
 # --- the tree ---------------------------------------------------------------------------------
