@@ -35,6 +35,7 @@ from tests.model.families import make
 
 ROOT = Path(__file__).parents[2]
 Q = "model.layers.1.self_attn.q_proj.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +397,11 @@ def wrong_shape(folder: Path) -> None:
     with_tensors(folder, **{Q: stored(folder)[Q][:, :32]})
 
 
+@broken(rf"{WEIGHTS}: tensor '{DOWN}' has shape \[48, 64\], which does not fit layers.0.mlp.down")
+def turned_shape(folder: Path) -> None:
+    with_tensors(folder, **{DOWN: stored(folder)[DOWN].T})
+
+
 @broken(rf"{WEIGHTS}: tensor 'lm_head.weight' has shape \[67, 64\], .* head.weight \[9999999, 64\]")
 def absurd_vocabulary(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
@@ -411,7 +417,9 @@ def nan(folder: Path) -> None:
 
 @broken(rf"{WEIGHTS}: tensor 'model.norm.weight' holds NaN or infinity")
 def infinity(folder: Path) -> None:
-    with_tensors(folder, **{"model.norm.weight": torch.full((64,), -torch.inf)})
+    tensor = stored(folder)["model.norm.weight"]
+    tensor[3] = -torch.inf
+    with_tensors(folder, **{"model.norm.weight": tensor})
 
 
 @broken(r"has only 'pytorch_model.bin', and Kvist reads .safetensors.*save_pretrained\('NEW'\)")
@@ -513,6 +521,15 @@ def test_a_weight_too_large_for_its_dtype_is_refused(folder: Path) -> None:
     load(folder, dtype="float32")
     with pytest.raises(CheckpointError, match=rf"'{Q}' holds .* too large for torch.float16"):
         load(folder, dtype="float16")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_no_number_is_rounded_to_one(value: float, folder: Path) -> None:
+    tensor = stored(folder)[DOWN]
+    tensor[5, 7] = value
+    with_tensors(folder, **{DOWN: tensor})
+    with pytest.raises(CheckpointError, match=rf"'{DOWN}' holds NaN or infinity"):
+        load(folder, dtype="float32", quantization="int8", group=16)
 
 
 def test_a_second_name_for_the_same_weight_is_refused(tmp_path: Path) -> None:
