@@ -1,0 +1,228 @@
+"""What the HTTP layer costs, with a model that costs nothing: tokens/s a core, and its latency.
+
+    python -m benchmarks.front [--streams 1 64 256 1000] [--seconds 5]
+
+The server is the real one: listener, routes, the engine in its process, its scheduler. Only the
+network is replaced: it says anything, a step every few milliseconds. The text of each token is
+the time at which the engine spelled it, so the client sees how long it was on its way. CPU time
+is of the server's front process alone. Ends in one JSON line.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import finish
+from model.batch import Batch, Output
+from server.api.app import build as build_app
+from server.api.front import Front
+from server.api.keys import Keys
+from server.api.served import Served
+from server.config import Settings
+from server.engine.admission import Options
+from server.engine.engine import Engine
+from server.engine.pages import Pages
+from server.engine.process import Blueprint, Client
+from server.engine.text import Text
+from server.listen import bind, configure
+from server.metrics import Metrics
+
+CONTEXT, VOCABULARY = 1 << 20, 256
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class Nothing:
+    """A network that takes `pause` seconds a step and always says the same."""
+
+    def __init__(self, pause: float) -> None:
+        self._pause = pause
+        self._next = 0.0
+
+    def launch(self, batch: Batch) -> Callable[[], Output]:
+        samples, rows = len(batch.sample_at), len(batch.lengths)
+        ints, floats = np.zeros((samples, 0), np.int32), np.zeros((samples, 0), np.float32)
+        output = Output(
+            tokens=np.full(samples, 97, np.int32),
+            logprobs=np.zeros(samples, np.float32),
+            ranks=np.ones(samples, np.int32),
+            top_tokens=ints,
+            top_logprobs=floats,
+            score_logprobs=floats[:0, 0:],
+            score_ranks=ints[:0, 0:],
+            score_top_tokens=ints[:0],
+            score_top_logprobs=floats[:0],
+            beam_tokens=ints[:0],
+            beam_logprobs=floats[:0],
+            bad=np.zeros(rows, np.int32),
+        )
+        return lambda: self._wait(output)
+
+    def _wait(self, output: Output) -> Output:
+        now = time.monotonic()
+        self._next = max(self._next + self._pause, now)
+        time.sleep(self._next - now)
+        return output
+
+
+class Stamps:
+    """A decoder that says when it was asked."""
+
+    def push(self, token: int, /) -> str:  # noqa: ARG002
+        return f"{time.monotonic():.6f} "
+
+    def finish(self) -> str:
+        return ""
+
+    def fork(self) -> "Stamps":
+        return self
+
+
+def build(pause: float, rows: int) -> Engine:
+    """The engine process's part."""
+    pages = Pages(CONTEXT // 16, 16)
+    options = Options(seats=rows, budget=1 << 16, queue=8192, queue_tokens=1 << 40)
+    return Engine(Nothing(pause), pages, options, text=lambda _: Text(Stamps()))
+
+
+class Words:
+    """Letters are tokens."""
+
+    eos = bos = None
+    special: dict[str, int] = {}  # noqa: RUF012, a protocol's attribute
+
+    def encode(self, text: str, **_: bool) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:  # noqa: ARG002
+        return bytes(ids).decode()
+
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id])
+
+
+async def serve(pause: float, rows: int) -> None:
+    """The front process: print the port, and serve until it is ended."""
+    settings = Settings(log_level="error", shutdown_timeout=1)
+    options = {"pause": pause, "rows": rows}
+    client = Client(Blueprint(build="benchmarks.front:build", options=options))
+    front = Front(settings, client, Metrics("any", "bench"), Keys(None))
+    front.served = Served(
+        names=("any",),
+        words=Words(),
+        template=None,
+        context=CONTEXT,
+        vocabulary=VOCABULARY,
+        capacity=CONTEXT,
+        eos=(),
+        created=0,
+        fingerprint="bench",
+        limits=settings.limits,
+    )
+    await client.start()
+    listener = bind("127.0.0.1", 0)
+    print(listener.getsockname()[1], flush=True)
+    await configure(build_app(front), front).serve([listener])
+    await client.stop()
+
+
+@dataclass
+class Heard:
+    tokens: int = 0
+    events: int = 0
+    late: list[float] | None = None  # seconds on the way, of each event
+
+
+async def listen(port: int, tokens: int, heard: Heard) -> None:
+    """One stream, read as plainly as can be: the client must not be the bottleneck."""
+    body = json.dumps({"prompt": "x", "max_tokens": tokens, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+    rest = b""
+    while data := await reader.read(1 << 16):
+        now = time.monotonic()
+        *blocks, rest = (rest + data).split(b"\n\n")
+        for block in blocks:
+            start = block.find(b'"text":"')
+            if start >= 0:
+                stamps = block[start + 8 : block.find(b'"', start + 8)].split()
+                heard.tokens += len(stamps)
+                heard.events += 1
+                if heard.late is not None and stamps:
+                    heard.late.append(now - float(stamps[-1]))
+    writer.close()
+
+
+def cpu(pid: int) -> float:
+    """Seconds that a process has computed."""
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def measure(streams: int, pause: float, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.front", "--serve", str(pause), str(streams)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        port = int(child.stdout.readline())
+        asyncio.run(_load(port, min(streams, 8), 4, Heard()))  # warm
+        heard = Heard(late=[])
+        tokens = max(4, int(seconds / max(pause, streams / 20_000)))
+        before, began = cpu(child.pid), time.monotonic()
+        asyncio.run(_load(port, streams, tokens, heard))
+        wall, spent = time.monotonic() - began, cpu(child.pid) - before
+    finally:
+        child.terminate()
+        child.wait(10)
+    late = sorted(heard.late or [0.0])
+    return {
+        "streams": streams,
+        "step_ms": pause * 1000,
+        "tokens": heard.tokens,
+        "whole": heard.tokens == streams * tokens,
+        "tokens_per_s": heard.tokens / wall,
+        "tokens_per_cpu_s": heard.tokens / spent,
+        "events_per_cpu_s": heard.events / spent,
+        "late_ms": statistics.median(late) * 1000,
+        "late_p99_ms": late[int(len(late) * 0.99)] * 1000,
+        "cpu_ms_per_event": spent / heard.events * 1000,
+    }
+
+
+async def _load(port: int, streams: int, tokens: int, heard: Heard) -> None:
+    await asyncio.gather(*[listen(port, tokens, heard) for _ in range(streams)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 64, 256, 1000])
+    parser.add_argument("--step-ms", type=float, default=25.0, help="the network's time a step")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.serve:
+        pause, rows = asked.serve
+        import uvloop
+
+        asyncio.Runner(loop_factory=uvloop.new_event_loop).run(serve(float(pause), int(rows)))
+        return
+    pauses = dict.fromkeys(asked.streams, asked.step_ms / 1000)
+    rows = [measure(streams, pause, asked.seconds) for streams, pause in pauses.items()]
+    rows.append(measure(asked.streams[-1], 0.0, asked.seconds))  # as fast as it goes
+    finish("front", rows, asked, goal={"tokens_per_cpu_s": 3000, "cpu_ms_per_event": 1.0})
+
+
+if __name__ == "__main__":
+    main()
