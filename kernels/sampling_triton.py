@@ -13,7 +13,7 @@ from kernels.backend import launch, tl, triton
 
 UNIT = tl.constexpr(float(1 << 40))  # the greatest weight
 FAINT = tl.constexpr(27.8)  # exp(−27.8) · 2⁴⁰ < 1: who is so far below the greatest weighs nothing
-TILE = 2048  # logits at once: 16 bytes a lane of 16 warps; twice as many spill on sm_90
+TILE = 2048  # logits at once: 16 bytes a lane of 16 warps; twice as many spill on sm_120
 
 
 @triton.jit
@@ -28,11 +28,14 @@ def _weigh(x, top, inverse):
 
 
 @triton.jit
-def _score(x, top, inverse, mean, NEAR: tl.constexpr):
-    """What a cut is made by: the logit, or how near to typical."""
-    if NEAR:
-        x = -tl.abs((x - top) * inverse - mean)
-    return x
+def _scores(
+    logits, at, size, top, inverse, floor, lightest, mean, NEAR: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """What a cut is made by: the logit, or how near to typical; −inf of what is not kept. And w."""
+    x = _load(logits, at, size, BLOCK)
+    w = _weigh(x, top, inverse)
+    s = -tl.abs((x - top) * inverse - mean) if NEAR else x
+    return tl.where((x >= floor) & (w >= lightest), s, -float("inf")), w
 
 
 @triton.jit
@@ -41,56 +44,49 @@ def _cut(
     COUNT: tl.constexpr, NEAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The lowest score kept when the greatest are taken until they are `most` (COUNT), or hold
-    `share` of the weight of x ≥ floor, w ≥ lightest. It is a score that is there: low ≤ it ≤ high.
+    `share` of the weight of x ≥ floor, w ≥ lightest. It is a score that is there.
 
-    A score is kept if what is above it is not enough yet. Three pivots a pass ask what is above
-    them; between two that disagree lies the answer, and low and high move to scores within.
+    A score is kept if what is above it is not enough yet. The answer lies in (under, over]; three
+    pivots a pass ask what is above them, and it lies between two that disagree. The same pass
+    finds the least and the greatest score within, and once these are one, it is the answer.
     """
     infinity = float("inf")
     lows = tl.full([BLOCK], infinity, tl.float32)
     highs = tl.full([BLOCK], -infinity, tl.float32)
     counts = tl.zeros([BLOCK], tl.int64)
     for at in tl.range(0, size, BLOCK, num_stages=3):
-        x = _load(logits, at, size, BLOCK)
-        w = _weigh(x, top, inverse)
-        kept = (x >= floor) & (w >= lightest)
-        s = _score(x, top, inverse, mean, NEAR)
-        lows = tl.minimum(lows, tl.where(kept, s, infinity))
-        highs = tl.maximum(highs, tl.where(kept, s, -infinity))
-        counts += kept.to(tl.int64) if COUNT else tl.where(kept, w, 0)
-    low, high, all = tl.min(lows), tl.max(highs), tl.sum(counts).to(tl.float64)
+        s, w = _scores(logits, at, size, top, inverse, floor, lightest, mean, NEAR, BLOCK)
+        lows = tl.minimum(lows, tl.where(s > -infinity, s, infinity))
+        highs = tl.maximum(highs, s)
+        counts += (s > -infinity).to(tl.int64) if COUNT else tl.where(s > -infinity, w, 0)
+    low, over, all = tl.min(lows), tl.max(highs), tl.sum(counts).to(tl.float64)
     enough = most.to(tl.float64) if COUNT else share.to(tl.float64) * all
-    if all < enough:
-        high = low
+    high = tl.where(all < enough, low, over)
+    under = low - tl.maximum(high - low, tl.abs(low) * 1e-3)
     while low < high:
-        step = (high - low) * 0.25
-        p1, p2, p3 = low + step, low + 2 * step, low + 3 * step
+        step = (over - under) * 0.25
+        p1, p2, p3 = under + step, under + 2 * step, under + 3 * step
         a1, a2, a3 = (tl.zeros([BLOCK], tl.int64),) * 3
-        u1, u2, u3 = (tl.full([BLOCK], infinity, tl.float32),) * 3  # the least above a pivot …
-        d1, d2, d3 = (tl.full([BLOCK], -infinity, tl.float32),) * 3  # … the greatest not above
+        lows = tl.full([BLOCK], infinity, tl.float32)
+        highs = tl.full([BLOCK], -infinity, tl.float32)
         for at in tl.range(0, size, BLOCK, num_stages=3):
-            x = _load(logits, at, size, BLOCK)
-            w = _weigh(x, top, inverse)
-            kept = (x >= floor) & (w >= lightest)
-            s = tl.where(kept, _score(x, top, inverse, mean, NEAR), -infinity)
+            s, w = _scores(logits, at, size, top, inverse, floor, lightest, mean, NEAR, BLOCK)
             counted = tl.full([BLOCK], 1, tl.int64) if COUNT else w
             a1 += tl.where(s > p1, counted, 0)
             a2 += tl.where(s > p2, counted, 0)
             a3 += tl.where(s > p3, counted, 0)
-            u1 = tl.minimum(u1, tl.where(s > p1, s, infinity))
-            u2 = tl.minimum(u2, tl.where(s > p2, s, infinity))
-            u3 = tl.minimum(u3, tl.where(s > p3, s, infinity))
-            d1 = tl.maximum(d1, tl.where(s > p1, -infinity, s))
-            d2 = tl.maximum(d2, tl.where(s > p2, -infinity, s))
-            d3 = tl.maximum(d3, tl.where(s > p3, -infinity, s))
+            lows = tl.minimum(lows, tl.where(s > under, s, infinity))
+            highs = tl.maximum(highs, tl.where(s > over, -infinity, s))
+        low, high = tl.min(lows), tl.max(highs)
         if tl.sum(a1).to(tl.float64) < enough:
-            high = tl.max(d1)
+            over = p1
         elif tl.sum(a2).to(tl.float64) < enough:
-            low, high = tl.min(u1), tl.max(d2)
+            under, over = p1, p2
         elif tl.sum(a3).to(tl.float64) < enough:
-            low, high = tl.min(u2), tl.max(d3)
+            under, over = p2, p3
         else:
-            low = tl.min(u3)
+            under = p3
+        over = tl.minimum(over, high)
     return low
 
 

@@ -1,9 +1,10 @@
-"""Activations against transformers' own, the kernels in the interpreter against the twins."""
+"""Activations against transformers' own, the kernels in the interpreter against the twins.
+
+transformers is imported where it is needed: the interpreter's process loads this page as well.
+"""
 
 import pytest
 import torch
-from transformers.activations import ACT2FN
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from kernels import activation
 from kernels.activation import KINDS, SIMPLE, activate, gate
@@ -16,6 +17,8 @@ SHAPES = [(1, 2), (3, 10), (2, 2, 66), (2, 3000)]
 
 @pytest.mark.parametrize("kind", SIMPLE)
 def test_kinds_are_those_of_transformers(kind: str) -> None:
+    from transformers.activations import ACT2FN
+
     x = torch.linspace(-9, 9, 1000)[None]
     wanted = ACT2FN[NAMES[kind]](x)
     assert torch.equal(activation.activate_reference(x, kind), wanted)
@@ -25,6 +28,8 @@ def test_kinds_are_those_of_transformers(kind: str) -> None:
 
 def test_swigluoai_is_gpt_oss() -> None:
     """Their gate and up take turns, ours are halves."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
     halves = 5 * torch.randn(7, 40)
     turns = halves.view(7, 2, 20).transpose(1, 2).flatten(1)
     theirs = object.__new__(GptOssExperts)

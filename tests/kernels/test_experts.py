@@ -1,10 +1,11 @@
-"""The expert product against a loop over tokens and against transformers' Mixtral."""
+"""The expert product against a loop over tokens and against transformers' Mixtral.
+
+transformers is imported where it is needed: the interpreter's process loads this page as well.
+"""
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.models.mixtral.configuration_mixtral import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from kernels import experts as page
 from kernels.activation import gate_reference
@@ -45,6 +46,9 @@ def test_the_twin_against_a_loop_over_tokens(case: tuple[int, int, int, int, int
 
 
 def test_the_twin_is_mixtral() -> None:
+    from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
     config = MixtralConfig(hidden_size=32, intermediate_size=20, num_local_experts=4)
     config._experts_implementation = "eager"
     theirs = MixtralExperts(config)

@@ -1,4 +1,7 @@
-"""The kept set against transformers' warpers, the draw against exact integers in Python."""
+"""The kept set against transformers' warpers, the draw against exact integers in Python.
+
+transformers is imported where it is needed: the interpreter's process loads this page as well.
+"""
 
 from bisect import bisect_right
 from itertools import accumulate
@@ -8,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers.generation import logits_process as hf
 
 from kernels import sampling
 from kernels.sampling import branch_key, keep, uniform_bits
@@ -53,6 +55,8 @@ def random_bits(rng: np.random.Generator, rows: int) -> Tensor:
 
 def warped(logits: Tensor, settings: Any) -> Tensor:
     """One row's probabilities through transformers' warpers, in `generate`'s order; float64."""
+    from transformers.generation import logits_process as hf
+
     temperature, top_k, top_p, min_p, typical_p = settings
     chain: list[Any] = [hf.TemperatureLogitsWarper(temperature)]
     if top_k:
