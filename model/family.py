@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.readings import UnsupportedModelError, common
+from model.readings import common
 
 Json = dict[str, Any]
 Change = Callable[[Tensor, ModelConfig], Tensor]
@@ -38,12 +38,6 @@ class Family:
     skip: tuple[str, ...] = ()  # buffers that old checkpoints carry along
 
     def read(self, name: str, h: Json) -> ModelConfig:
-        if h.get("quantization_config"):
-            method = h["quantization_config"].get("quant_method", "an unknown method")
-            raise UnsupportedModelError(
-                f"its weights are quantised by {method}, which is not read yet; take the "
-                "checkpoint in bfloat16, or one that transformers has dequantised and saved"
-            )
         return ModelConfig(family=name, **common(h) | self.config(h))
 
     def place(self, name: str, config: ModelConfig) -> Place | None:

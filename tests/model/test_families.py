@@ -225,13 +225,6 @@ def test_an_option_that_changes_the_network_is_refused() -> None:
         family.config(config)
 
 
-def test_weights_quantised_by_others_are_refused_by_name() -> None:
-    config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
-    name, family = family_of(config)
-    with pytest.raises(UnsupportedModelError, match="quantised by mxfp4.*bfloat16"):
-        family.read(name, config)
-
-
 def test_what_is_watched_is_what_passes(tmp_path: Path) -> None:
     """Every named place is seen, and what `see` returns is what goes on."""
     theirs = make("llama", tmp_path)
