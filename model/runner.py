@@ -63,11 +63,16 @@ class Runner:
         found = self._sample(batch, hidden, positions) | self._score(batch, hidden)
         found |= self._beams(batch, hidden, positions)
         found["bad"] = hidden[rows.starts[1:].long() - 1].isnan().any(-1)
+        if "tokens" in found:  # −1: masks left it nothing, or a logit was not a number
+            empty = torch.zeros(len(batch.seats), dtype=torch.int32, device=self.device)
+            empty.index_add_(0, self._up(row[batch.sample_at]), (found["tokens"] < 0).int())
+            found["bad"] |= empty > 0
         return self._down(found)
 
     def _replay(self, graphs: Graphs, batch: Batch) -> dict[str, Tensor]:
         step = graphs.run(batch)
-        found = {"tokens": step["tokens"], "bad": step["hidden"].isnan().any(-1)}
+        bad = step["hidden"].isnan().any(-1) | (step["tokens"] < 0)
+        found = {"tokens": step["tokens"], "bad": bad}
         return found | self._logprobs(batch, step["logits"], step["tokens"])
 
     def _up(self, array: Ints) -> Tensor:

@@ -81,5 +81,16 @@ def test_rows_that_look_back_are_not_replayed(tmp_path: Path) -> None:
     assert not runner.graphs.recorded
 
 
+def test_a_row_that_masks_leave_nothing_is_bad_and_no_other(tmp_path: Path) -> None:
+    make("llama", tmp_path)
+    decoder = load(tmp_path, dtype=torch.float32)
+    runner = Runner(decoder, Cache(decoder.config, ROWS * WIDTH, PAGE), 3)
+    empty = Sampling(allowed=(4,), bad_words=((4,),))
+    seats = [Seat(i, empty if i == 1 else Sampling(), 0, [], [], 3) for i in range(3)]
+    found = runner.launch(batch([[5] * 3] * 3, 3, seats))()
+    assert found.bad.tolist() == [0, 1, 0]
+    assert (found.tokens >= 0).tolist() == [True, False, True]
+
+
 def test_rungs_rise() -> None:
     assert list(RUNGS) == sorted(set(RUNGS))
