@@ -11,19 +11,15 @@ is padding, and its output is 0. int8 and fp8 pages come with one scale a token 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Shared(NamedTuple):
-    """Rows that read the same first pages: members of group g are rows[starts[g]:starts[g+1]]."""
-
-    rows: Tensor  # [members] i32
-    starts: Tensor  # [groups + 1] i32
-    tokens: Tensor  # [groups] i32, how many first tokens the members share, whole pages
+from kernels.attention_triton import attention_triton
+from kernels.backend import Call, Kernel, Probe
+from kernels.sharing import Shared
 
 
 def attention(
@@ -46,7 +42,8 @@ def attention(
     shared: Shared | None = None,  # a hint that saves reads and changes no result
 ) -> Tensor:
     """→ [tokens, heads, dim]"""
-    return attention_reference(
+    _check(query, keys, values, page_table, key_scales, value_scales)
+    found: Tensor = _ATTENTION(
         query,
         keys,
         values,
@@ -54,13 +51,42 @@ def attention(
         lengths=lengths,
         page_table=page_table,
         scale=scale,
+        longest_query=longest_query,
+        longest_context=longest_context,
         window=window,
         softcap=softcap,
         sinks=sinks,
         slopes=slopes,
         key_scales=key_scales,
         value_scales=value_scales,
+        shared=shared,
     )
+    return found
+
+
+def _check(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+) -> None:
+    heads, kv_heads, dim = query.shape[1], keys.shape[1], query.shape[2]
+    if heads % kv_heads or keys.shape[3] != dim or keys.shape != values.shape:
+        raise ValueError(
+            f"{heads} query heads of {dim} cannot read keys {list(keys.shape)} and values "
+            f"{list(values.shape)}: expected [pages, a divisor of {heads}, page, {dim}] twice"
+        )
+    if not (keys.is_contiguous() and values.is_contiguous()):
+        raise ValueError("keys and values must be contiguous: give one layer's pages as they lie")
+    if table.dtype != torch.int32 or table.stride(1) != 1:
+        raise ValueError(f"page_table is {table.dtype}: expected rows of int32")
+    quantised = keys.dtype in (torch.int8, torch.float8_e4m3fn)
+    if quantised != (key_scales is not None) or quantised != (value_scales is not None):
+        raise ValueError(
+            f"pages of {keys.dtype}: scales belong to int8 and fp8 pages, and only there"
+        )
 
 
 def attention_reference(
@@ -184,7 +210,7 @@ def _attend(
     at = ends[:, None] - count + torch.arange(count, device=query.device)  # [rows, count]
     distance = torch.arange(context, device=query.device) - at[..., None]  # [rows, count, context]
     if slopes is not None:
-        logits = logits + slopes.view(kv_heads, group, 1, 1) * distance[:, None, None]
+        logits = logits + slopes.to(exact).view(kv_heads, group, 1, 1) * distance[:, None, None]
     hidden = distance > 0
     if window:
         hidden = hidden | (distance <= -window)
@@ -195,3 +221,41 @@ def _attend(
     weights = logits.softmax(dim=-1)[..., :context].to(query.dtype)
     mixed = weights.view(rows, kv_heads, group * count, context) @ value
     return mixed.view(rows, kv_heads, group, count, dim).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _trial(probe: Probe) -> Iterator[Call]:
+    """Rows of many shapes in one batch: decode, verification, prefill, padding."""
+    counts, lengths = [1, 3, 1, 40, 1, 0, 1], [1, 200, 300, 90, 300, 0, 0]
+    page = probe.page
+    width = -(-max(lengths) // page)
+    table = torch.randperm(len(lengths) * width, generator=torch.Generator().manual_seed(1))
+    shape = (len(table), probe.kv_heads, page, probe.head_dim)
+    keys, values = probe.random(*shape, seed=2), probe.random(*shape, seed=3)
+    scales: dict[str, Tensor | None] = {"key_scales": None, "value_scales": None}
+    if probe.page_dtype in (torch.int8, torch.float8_e4m3fn):
+        keys, values = ((p * 30).to(probe.page_dtype) for p in (keys, values))
+        scales = {name: probe.random(*shape[:3]).float().abs() / 30 for name in scales}
+    common = 64 // page * page or page
+    table.view(-1, width)[4, : common // page] = table.view(-1, width)[2, : common // page]
+    for some in (slice(3), slice(None)):  # the second has long rows too
+        starts = torch.tensor([0, *counts[some]]).cumsum(0)
+        query = probe.random(int(starts[-1]), probe.heads, probe.head_dim, seed=4)
+        arguments: dict[str, Any] = {
+            "starts": starts.int().to(probe.device),
+            "lengths": torch.tensor(lengths[some], dtype=torch.int32, device=probe.device),
+            "page_table": table.view(-1, width)[some].int().contiguous().to(probe.device),
+            "scale": probe.head_dim**-0.5,
+            "longest_query": max(counts[some]),
+            "longest_context": max(lengths[some]),
+            "window": probe.window,
+            "softcap": probe.softcap,
+            "sinks": probe.random(probe.heads) if probe.sinks else None,
+            "slopes": probe.random(probe.heads).float().abs() if probe.slopes else None,
+        }
+        yield Call((query, keys, values), arguments | scales)
+    numbers = ([2, 4], [0, 2], [common], [0, 0, common, 0, common, 0, 0])
+    arguments["shared"] = Shared(*(torch.tensor(n).int().to(probe.device) for n in numbers))
+    yield Call((query, keys, values), arguments | scales)
+
+
+_ATTENTION = Kernel("attention", attention_reference, attention_triton, _trial)

@@ -99,6 +99,9 @@ class Probe:
     softcap: float = 0.0
     sinks: bool = False
     slopes: bool = False
+    turned: int | None = None  # channels of a head that turn; None: all
+    interleaved: bool = False
+    normed: bool = False  # queries and keys, each head by itself
 
     def random(self, *shape: int, seed: int = 0) -> Tensor:
         """Normally distributed, the same on every device."""

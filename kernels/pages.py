@@ -9,15 +9,23 @@ may be normalised, each head by itself: x · weight / sqrt(mean(x²) + eps).
 int8 and fp8 pages hold x / scale, with scale = max|x| / (the type's largest), a token and head.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from kernels.backend import Call, Kernel, Probe
+from kernels.pages_triton import copy_pages_triton, rotate_triton, store_triton
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def rotate(x: Tensor, table: Tensor, at: Tensor, interleaved: bool = False) -> Tensor:
     """x [tokens, heads, dim], table [positions, 2·pairs] (cos | sin), at [tokens] → like x"""
-    return rotate_reference(x, table, at, interleaved)
+    _check_table(x, table, at)
+    turned: Tensor = _ROTATE(x, table, at, interleaved)
+    return turned
 
 
 def rotate_reference(x: Tensor, table: Tensor, at: Tensor, interleaved: bool = False) -> Tensor:
@@ -52,7 +60,14 @@ def store(
     value_scales: Tensor | None = None,
 ) -> Tensor:
     """Normalises and turns query and key, writes key and value. → the query"""
-    return store_reference(
+    quantised = keys.dtype in LARGEST
+    if quantised != (key_scales is not None) or quantised != (value_scales is not None):
+        raise ValueError(f"pages of {keys.dtype}: scales belong to int8 and fp8 pages, no others")
+    if (query_norm is None) != (key_norm is None):
+        raise ValueError("query_norm and key_norm: expected both or neither")
+    if table is not None:
+        _check_table(query, table, at)
+    stored: Tensor = _STORE(
         query,
         key,
         value,
@@ -68,6 +83,16 @@ def store(
         key_scales=key_scales,
         value_scales=value_scales,
     )
+    return stored
+
+
+def _check_table(x: Tensor, table: Tensor, at: Tensor | None) -> None:
+    if at is None or at.shape != x.shape[:1]:
+        raise ValueError(f"at must be the positions of {x.shape[0]} tokens, and is {at}")
+    if table.shape[1] > x.shape[2] or not table.is_contiguous():
+        raise ValueError(
+            f"table {list(table.shape)}: expected [positions, at most {x.shape[2]} cos | sin]"
+        )
 
 
 def store_reference(
@@ -107,7 +132,8 @@ def copy_pages(cache: Tensor, copies: Tensor) -> None:
     cache [layers, 2, pages, kv_heads, page, dim], copies [n, 3]: from, to, slots. All are read
     before any is written, in effect: no page is both written and read.
     """
-    copy_pages_reference(cache, copies)
+    if copies.shape[0]:
+        _COPY_PAGES(cache, copies)
 
 
 def copy_pages_reference(cache: Tensor, copies: Tensor) -> None:
@@ -135,3 +161,52 @@ def _write(x: Tensor, pages: Tensor, slots: Tensor, scales: Tensor | None) -> No
             x = x.round()
         x = x.clamp(-largest, largest)
     pages[page, :, offset] = x.to(pages.dtype)
+
+
+def _trial_rotate(probe: Probe) -> Iterator[Call]:
+    table, at = _angles(probe), torch.tensor([0, 3, 5], device=probe.device)
+    yield Call((probe.random(3, probe.heads, probe.head_dim), table, at, probe.interleaved), {})
+
+
+def _trial_store(probe: Probe) -> Iterator[Call]:
+    """Four tokens of a product q | k | v, one of them padding, into pages that hold something."""
+    tokens, kv_heads, dim = 4, probe.kv_heads, probe.head_dim
+    whole = probe.random(tokens, probe.heads + 2 * kv_heads, dim)
+    query, key, value = whole.split_with_sizes([probe.heads, kv_heads, kv_heads], 1)
+    dtype = probe.page_dtype or probe.dtype
+    pages = [torch.ones(3, kv_heads, probe.page, dim, device=probe.device) for _ in "kv"]
+    slots = torch.tensor([0, probe.page + 1, -1, 3 * probe.page - 1], device=probe.device)
+    scale = torch.ones(pages[0].shape[:3], device=probe.device) if dtype in LARGEST else None
+    arguments: dict[str, Any] = {
+        "table": None if probe.turned == 0 else _angles(probe),
+        "at": torch.arange(tokens, device=probe.device),
+        "interleaved": probe.interleaved,
+        "query_norm": probe.random(dim, seed=1) if probe.normed else None,
+        "key_norm": probe.random(dim, seed=2) if probe.normed else None,
+        "key_scales": scale,
+        "value_scales": scale,
+    }
+    yield Call((query, key, value, *(p.to(dtype) for p in pages), slots), arguments)
+
+
+def _trial_copy(probe: Probe) -> Iterator[Call]:
+    cache = probe.random(2, 2, 6, probe.kv_heads, probe.page, probe.head_dim)
+    copies = [[0, 5, probe.page], [3, 1, 1], [2, 4, 0]]
+    yield Call(
+        (
+            cache.to(probe.page_dtype or probe.dtype),
+            torch.tensor(copies, dtype=torch.int32, device=probe.device),
+        ),
+        {},
+    )
+
+
+def _angles(probe: Probe) -> Tensor:
+    pairs = (probe.head_dim if probe.turned is None else probe.turned) // 2 or 2
+    angles = torch.arange(8)[:, None] / (1 + torch.arange(pairs))
+    return torch.cat([angles.cos(), angles.sin()], dim=1).to(probe.device)
+
+
+_ROTATE = Kernel("rotate", rotate_reference, rotate_triton, _trial_rotate)
+_STORE = Kernel("store", store_reference, store_triton, _trial_store)
+_COPY_PAGES = Kernel("copy_pages", copy_pages_reference, copy_pages_triton, _trial_copy)

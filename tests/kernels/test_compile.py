@@ -27,9 +27,11 @@ CASES = [
 @pytest.mark.parametrize(("name", "i", "arch"), CASES)
 def test_a_variant_compiles_within_its_means(name: str, i: int, arch: int) -> None:
     rule = variants(name)
-    made = list(compile_all(launches(KERNELS[name], rule.probes[i], arch), arch))
+    probe = rule.probes[i]
+    made = list(compile_all(launches(KERNELS[name], probe, arch), arch))
     assert made, f"{name} launched nothing on sm_{arch}: it fell back to its twin"
-    assert [fault for one in made for fault in one.faults(rule.copies, rule.narrow)] == []
+    narrow = rule.narrow or probe.sinks  # a block reads its heads' sinks once, as they lie
+    assert [fault for one in made for fault in one.faults(rule.copies, narrow)] == []
 
 
 @pytest.mark.parametrize("name", sorted(KERNELS))
