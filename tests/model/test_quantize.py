@@ -131,3 +131,8 @@ def test_a_group_that_does_not_divide_is_refused(folder: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=sentence):
         load(folder, quantization="int8", group=7)
+
+
+def test_an_unknown_format_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="quantization 'int3' is not known"):
+        load(folder, quantization="int3")  # type: ignore[arg-type]
