@@ -95,6 +95,7 @@ def _up(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = tl.where(n < ff, n, 0)
     k = tl.arange(0, BLOCK_K)
+    mine = (visit < end)[:, None]  # the rest of the block is not read
     rows = x + token[:, None].to(tl.int64) * hidden + k[None, :]
     gates = weight + (expert.to(tl.int64) * 2 * ff + there[None, :]) * hidden + k[:, None]
     ups = gates + ff.to(tl.int64) * hidden
@@ -102,11 +103,11 @@ def _up(
     right = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for at in range(0, hidden, BLOCK_K):
         if MASKED:
-            a = tl.load(rows + at, at + k[None, :] < hidden, other=0.0)
+            a = tl.load(rows + at, mine & (at + k[None, :] < hidden), other=0.0)
             g = tl.load(gates + at, at + k[:, None] < hidden, other=0.0)
             u = tl.load(ups + at, at + k[:, None] < hidden, other=0.0)
         else:
-            a = tl.load(rows + at)
+            a = tl.load(rows + at, mine, other=0.0)
             g = tl.load(gates + at)
             u = tl.load(ups + at)
         left = tl.dot(a, g, left, input_precision="ieee")
@@ -136,15 +137,16 @@ def _down(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = tl.where(n < hidden, n, 0)
     k = tl.arange(0, BLOCK_K)
-    rows = x + tl.where(visit < end, visit, first)[:, None].to(tl.int64) * ff + k[None, :]
+    mine = (visit < end)[:, None]  # the rest of the block is not read
+    rows = x + visit[:, None].to(tl.int64) * ff + k[None, :]
     columns = weight + (expert.to(tl.int64) * hidden + there[None, :]) * ff + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for at in range(0, ff, BLOCK_K):
         if MASKED:
-            a = tl.load(rows + at, at + k[None, :] < ff, other=0.0)
+            a = tl.load(rows + at, mine & (at + k[None, :] < ff), other=0.0)
             b = tl.load(columns + at, at + k[:, None] < ff, other=0.0)
         else:
-            a = tl.load(rows + at)
+            a = tl.load(rows + at, mine, other=0.0)
             b = tl.load(columns + at)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if bias is not None:

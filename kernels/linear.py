@@ -147,37 +147,44 @@ def _linear(
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    mine = tl.where(m < rows, m, 0).to(tl.int64)  # rows past the end read a row that is there
-    theirs = tl.where(n < out, n, 0).to(tl.int64)
+    mine = (m < rows)[:, None]  # rows past the end are not read: at one row they would be most
+    theirs = tl.where(n < out, n, 0).to(tl.int64)  # columns past it are few, and read another
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if INT4:
         HALF: tl.constexpr = GROUP // 2
         STEPS: tl.constexpr = HALF // BLOCK_K
+        scale = tl.load(scales + theirs * groups)  # each is asked for a step ahead
         for i in range(inner // GROUP * STEPS):
             group = i // STEPS
             at = tl.multiple_of(group * GROUP + i % STEPS * BLOCK_K, BLOCK_K)
-            left = x + mine[:, None] * inner + at + k[None, :]
+            left = x + m[:, None].to(tl.int64) * inner + at + k[None, :]
             byte = tl.load(values + theirs[None, :] * (inner // 2) + i * BLOCK_K + k[:, None])
             low = ((byte & 15).to(tl.int8) - 8).to(x.dtype.element_ty)
             high = ((byte >> 4).to(tl.int8) - 8).to(x.dtype.element_ty)
-            part = tl.dot(tl.load(left), low, input_precision="ieee")
-            part = tl.dot(tl.load(left + HALF), high, part, input_precision="ieee")
-            acc += part * tl.load(scales + theirs * groups + group)[None, :]
+            now = scale
+            scale = tl.load(scales + theirs * groups + (i + 1) // STEPS % groups)
+            part = tl.dot(tl.load(left, mine, other=0.0), low, input_precision="ieee")
+            right = tl.load(left + HALF, mine, other=0.0)
+            part = tl.dot(right, high, part, input_precision="ieee")
+            acc += part * now[None, :]
     else:
+        if GROUP > 0:
+            scale = tl.load(scales + theirs * groups)
         for at in range(0, inner, BLOCK_K):
-            left = x + mine[:, None] * inner + at + k[None, :]
+            left = x + m[:, None].to(tl.int64) * inner + at + k[None, :]
             right = values + theirs[None, :] * inner + at + k[:, None]
             if MASKED:
-                a = tl.load(left, at + k[None, :] < inner, other=0.0)
+                a = tl.load(left, mine & (at + k[None, :] < inner), other=0.0)
                 b = widen(tl.load(right, at + k[:, None] < inner, other=0), x.dtype.element_ty)
             else:
-                a = tl.load(left)
+                a = tl.load(left, mine, other=0.0)
                 b = widen(tl.load(right), x.dtype.element_ty)
             if GROUP == 0:
                 acc = tl.dot(a, b, acc, input_precision="ieee")
             else:
-                scale = tl.load(scales + theirs * groups + at // GROUP)
-                acc += tl.dot(a, b, input_precision="ieee") * scale[None, :]
+                now = scale
+                scale = tl.load(scales + theirs * groups + (at + BLOCK_K) // GROUP % groups)
+                acc += tl.dot(a, b, input_precision="ieee") * now[None, :]
         if scales is not None and GROUP == 0:
             acc *= tl.load(scales + theirs)[None, :]
     if bias is not None:
