@@ -3,30 +3,11 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.gpu_suite import SHAPES
 from model.cache import Cache, Rows
-from model.config import ModelConfig
 from model.decoder import Decoder
 
-GPT2 = ModelConfig(  # the 124M shape
-    family="gpt2",
-    vocabulary=50_257,
-    hidden=768,
-    layers=12,
-    heads=12,
-    kv_heads=12,
-    head_dim=64,
-    feed_forward=3072,
-    context=1024,
-    activation="gelu_tanh",
-    gated=False,
-    norm="layer",
-    norm_bias=True,
-    positions="learned",
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    tied=True,
-)
+GPT2 = SHAPES["GPT-2 124M"]
 
 
 def work(decoder: Decoder, tokens: torch.Tensor, rows: Rows, cache: Cache | None) -> int:
