@@ -524,3 +524,15 @@ def test_a_long_path_is_freed_without_a_deep_stack() -> None:
     for number in range(100_000):
         node = child(node, number, 0, 0.0, 0.0, 1, ())
     assert ancestor(node, 1).length == 1
+
+
+def test_any_ancestor_is_a_few_hops_away() -> None:
+    node, most = root(), 0
+    for number in range(5000):
+        node = child(node, number, 0, 0.0, 0.0, 1, ())
+    for length in range(0, 5000, 7):
+        at, hops = node, 0
+        while at.length > length:
+            at, hops = (at.jump if at.jump.length >= length else at.parent), hops + 1
+        most = max(most, hops)
+    assert most <= 3 * 13, "three times the logarithm"
