@@ -142,7 +142,7 @@ def settings(
 def _from_variables(environ: Mapping[str, str], known: Mapping[str, Option]) -> dict[str, Any]:
     found = {}
     for name, value in environ.items():
-        if name.startswith(PREFIX) and name != CONFIG:
+        if name.startswith(PREFIX) and name != CONFIG and value:  # empty is unset
             key = name[len(PREFIX) :].lower()
             found[key] = _known(key, name, known).read(value, f"The variable {name}")
     return found

@@ -35,6 +35,7 @@ def test_flags_beat_variables_beat_the_file(tmp_path: Path) -> None:
     assert (made.port, made.host, made.rows) == (3, "0.0.0.0", 7)
     assert (made.limits.n, made.limits.queue_timeout) == (3, 2.0)
     assert parse([], {"KVIST_CONFIG": str(file)}).port == 1
+    assert parse([], {"KVIST_MODEL": "", "KVIST_API_KEYS": ""}) == Settings()
 
 
 def test_every_option_can_be_said_in_every_way(tmp_path: Path) -> None:
