@@ -38,6 +38,7 @@ class Engine:
         self.answers = answers or {}  # what can be asked between two steps
         self._executor = executor
         self._flying: deque[tuple[int, Callable[[], Output]]] = deque()  # tokens, and the wait
+        self._broken = False  # the newest step in flight could not even be launched
         self.pulse: Callable[[int], None] = _nothing  # told of the tokens that are waited for
 
     def submit(self, request: Request) -> None:
@@ -49,7 +50,7 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One step further. An exception in it fails, or tries again, who was in it; no other."""
-        while len(self._flying) <= self.options.ahead:
+        while len(self._flying) <= self.options.ahead and not self._broken:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
@@ -69,6 +70,7 @@ class Engine:
         try:
             return self._executor.launch(batch)
         except Exception as error:
+            self._broken = True
             return _raiser(error)
 
     def _give_up(self, error: Exception) -> list[Event]:
@@ -79,6 +81,7 @@ class Engine:
             except Exception:
                 log.exception("A step failed after another")
         self._flying.clear()
+        self._broken = False
         return self.scheduler.failed(type(error).__name__)
 
     @property

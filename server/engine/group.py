@@ -130,6 +130,12 @@ class Group:
         return beams.width if beams else len(self.living)
 
     @property
+    def needs_nothing(self) -> bool:
+        """No token is wanted, and nothing of the prompt that is not known."""
+        scores = self.request.prompt_logprobs is not None and len(self.prompt) > 1
+        return not self.request.max_tokens and not scores
+
+    @property
     def unfinished(self) -> list[int]:
         """The choices that are still to end."""
         if self.beams is not None or not self.request.max_tokens:

@@ -164,20 +164,21 @@ class Pages:
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Raise unless the books are right, given the page tables of everyone who reads."""
-        count = [0] * self.count
+        count, digest = [0] * self.count, self._digest
         for table in tables:
             for page in table:
                 count[page] += 1
         limbo = [page for dropped in self._limbo for page in dropped]
         unread = [*self._free, *self._idle, *limbo]
-        wrong = [p for p in range(self.count) if count[p] != self._references[p]]
-        _hold(not wrong, f"pages {wrong[:8]} have other reference counts than readers")
+        _hold(count == self._references, "a page has other readers than it counts")
         _hold(len(unread) == len(set(unread)), "a page is free, cached or dropped twice")
-        _hold(set(unread) == {p for p in range(self.count) if not count[p]}, "a page is lost")
-        _hold(not any(self._digest[p] for p in self._free), "a free page is published")
-        _hold(all(self._digest[p] for p in self._idle), "a cached page is not published")
-        published = {d: p for p, d in enumerate(self._digest) if d is not None}
-        _hold(published == self._index, "the prefix index and the pages disagree")
+        _hold(len(unread) == count.count(0), "a page is lost")
+        _hold(not any(count[page] for page in unread), "a page that is read is to be given away")
+        _hold(not any(digest[page] for page in self._free), "a free page is published")
+        _hold(all(digest[page] for page in self._idle), "a cached page is not published")
+        _hold(len(self._index) == self.count - digest.count(None), "a published page is lost")
+        right = all(digest[page] == known for known, page in self._index.items())
+        _hold(right, "the prefix index leads to another page")
 
 
 def _hold(condition: bool, sentence: str) -> None:

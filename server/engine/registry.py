@@ -41,8 +41,8 @@ class Registry:
         self._most = most
         self._inboxes: dict[str, Inbox] = {}
 
-    def __len__(self) -> int:
-        return len(self._inboxes)
+    def __contains__(self, id: str) -> bool:
+        return id in self._inboxes
 
     @property
     def unread(self) -> int:

@@ -1,6 +1,5 @@
 """A step in the making: the batch that goes down, and who hears what when its output comes back."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,11 +18,12 @@ class Step:
     # who samples, the first of its samples, and the guesses that those after it verify
     scores: list[tuple[Group, int]] = field(default_factory=list)  # whose prompt, how many of it
     beams: list[tuple[Group, int]] = field(default_factory=list)  # whose beams, the first of them
+    begun: list[Group] = field(default_factory=list)  # whose seats are taken in it
     alone: bool = False  # its output decides what the next step is, which cannot be launched ahead
 
-    def groups(self) -> Iterator[Group]:
-        """Each once, unless its last event is made."""
-        return iter(dict.fromkeys(b.group for b, _ in self.rows if not b.group.over))
+    def groups(self) -> list[Group]:
+        """Whose rows are in it, each once, unless its last event is made."""
+        return list(dict.fromkeys(b.group for b, _ in self.rows if not b.group.over))
 
 
 class Table:
@@ -106,7 +106,7 @@ class Rows:
             return
         self._sample(branch, at, guess)
         for bud in group.buds:
-            if bud.source is branch and bud.fork_at == branch.length - 1:
+            if bud.source is branch and bud.length == bud.fork_at == branch.length - 1:
                 self._sample(bud, at, [])
 
     def _sample(self, branch: Branch, at: int, guess: list[int]) -> None:

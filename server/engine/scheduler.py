@@ -60,10 +60,12 @@ class Scheduler:
         self._lobby = Lobby(options, 4 * pages.count * pages.size)
         self._groups: dict[str, Group] = {}  # running or waiting
         self._flying: deque[Step] = deque()
-        self._taken: list[Seat] = []  # since the last step
+        self._taken: list[Seat] = []  # since the last step …
+        self._begun: list[Group] = []  # … by these
         self._table = Table(options.seats)
         self._seats = list(range(options.seats - 1, -1, -1))  # free ones
         self._short = False  # a branch lacks pages: let nobody in, launch nothing ahead
+        self._moved = False  # a branch found what it needs without a row: look again
         self._pinned = 0  # footprints of the pinned groups that run
         self._suspect: Group | None = None  # at most one runs
         self._number = 0
@@ -88,7 +90,7 @@ class Scheduler:
         self._stats.prompt_tokens += len(group.prompt)
         if self._lobby.was_cancelled(request.id):
             self.cancel(request.id)
-        elif group.last < 1:
+        elif group.needs_nothing:
             self._end_unsampled(group)
 
     def check_request(self, request: Request) -> None:
@@ -167,9 +169,9 @@ class Scheduler:
         victim = self.running[-1]
         if victim.preempted >= PREEMPTIONS:
             raise RuntimeError("Pages lack although all groups that run are sure to fit.")
+        self._wait_again(victim)
         victim.preempted += 1
         self._stats.preemptions += 1
-        self._wait_again(victim)
         return victim
 
     # ── A step ──────────────────────────────────────────────────────────────────────────────────
@@ -182,11 +184,13 @@ class Scheduler:
             return None
         rows = self._fill()
         while not rows and self.running and not self._flying:
-            self._preempt()
+            if not self._moved:
+                self._preempt()
             rows = self._fill()
         if not rows:
             return None
         rows.taken, self._taken = self._taken, []
+        rows.step.begun, self._begun = self._begun, []
         self._flying.append(rows.step)
         self.pages.launched()
         self._stats.steps += 1
@@ -194,7 +198,7 @@ class Scheduler:
         return rows.batch()
 
     def _fill(self) -> Rows:
-        self._short = False
+        self._short = self._moved = False
         rows = Rows(self._table, self.options.budget)
         behind = self._decode(rows)
         for branch in behind:
@@ -276,6 +280,8 @@ class Scheduler:
         return need + self.options.seats - len(self._seats) + group.width
 
     def _begin(self, group: Group) -> None:
+        self._moved = True
+        self._begun.append(group)
         self._lobby.leave(group)
         insort(self.running, group, key=_rank)
         if group.preempted >= PREEMPTIONS:
@@ -304,6 +310,7 @@ class Scheduler:
             bud.chain = bud.chain if len(bud.chain) > full else source.chain[:full]
             bud.computed, bud.published = bud.fork_at, min(source.published, full)
             bud.source = None
+            self._moved = True
             self.pages.share(bud.pages)
             self._table.put(bud.seat, 0, bud.pages)
             group.branches.append(bud)
@@ -364,6 +371,7 @@ class Scheduler:
         if branch.computed != first * size or most <= first or not self.pages.caching:
             return
         found = self.pages.match(branch.digests(most, size)[first:most])
+        self._moved = self._moved or bool(found)
         branch.pages += found
         branch.published = len(branch.pages)
         branch.computed = branch.published * size
@@ -418,14 +426,15 @@ class Scheduler:
         for _ in steps:
             self.pages.ended()
         self._stats.retries += 1
-        blamed = list(steps[0].groups())
+        blamed = steps[0].groups()
         for group in [group for group in blamed if group.suspect] or blamed:
             group.failures += 1
             group.suspect = True
             if group.failures > 1:
                 self._end(group, "error", StepFailed(f"A step raised twice: {reason}"))
-        for group in dict.fromkeys(group for step in steps for group in step.groups()):
-            self._wait_again(group)
+        for group in dict.fromkeys(group for s in steps for group in s.groups() + s.begun):
+            if group in self.running:
+                self._wait_again(group)
         return self.events()
 
     def events(self) -> list[Event]:

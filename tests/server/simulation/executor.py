@@ -5,16 +5,15 @@ hash of all slots that a row reads back through its page table, and, where sampl
 what the row's seat remembers. An oracle computes the same from the tokens alone, see oracle.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from model.batch import LAST_SAMPLE, Batch, Floats, Ints, Output, Seat
 from model.sampling import Sampling
 
-Longs = npt.NDArray[np.uint64]
 WORD = (1 << 64) - 1
 VOCABULARY = 61  # prime, so that any stride meets all ids
 
@@ -33,13 +32,6 @@ def slot(token: int, position: int) -> int:
     """What a token writes at a position; a context is the sum of what its slots hold."""
     value = ((token + 1) * 0xD6E8FEB86659FD93 ^ (position + 1) * 0xA0761D6478BD642F) & WORD
     return value * (value >> 29) & WORD
-
-
-def slots(tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Longs:
-    """The same for many."""
-    values = (tokens + 1).astype(np.uint64) * np.uint64(0xD6E8FEB86659FD93)
-    values ^= (positions + 1).astype(np.uint64) * np.uint64(0xA0761D6478BD642F)
-    return values * (values >> np.uint64(29))
 
 
 def draw(context: int, past: int, sampling: Sampling, branch: int, nth: int, position: int) -> int:
@@ -80,9 +72,31 @@ class Sitting:
     past: int = 0  # of what was said so far, for those who look back
     known: int = 0
 
+    @property
+    def hears(self) -> bool:
+        return self.seat.sampling.looks_back
+
 
 class OutOfMemory(RuntimeError):
     """What a device says."""
+
+
+class Violation(BaseException):
+    """An invariant does not hold. Not an `Exception`: the engine survives those."""
+
+
+def hold(condition: object, invariant: str, *about: object) -> None:
+    if not condition:
+        raise Violation(f"{invariant}: {' '.join(map(str, about))}")
+
+
+class Row(NamedTuple):
+    """A row as lists, which are faster than arrays for as few tokens as there are here."""
+
+    seat: int
+    tokens: list[int]
+    start: int  # position of the first
+    pages: list[int]
 
 
 class Simulated:
@@ -90,25 +104,25 @@ class Simulated:
 
     def __init__(self, pages: int, size: int) -> None:
         self.size = size
-        self.cache = np.zeros(pages * size, np.uint64)
+        self.cache = [0] * (pages * size)
         self.seats: dict[int, Sitting] = {}
         self.fail_launch = self.fail_wait = False  # the next one
         self.nan_row = -1  # of the next batch, modulo its rows
-        self.steps = self.computed = 0
 
     def launch(self, batch: Batch) -> Callable[[], Output]:
         if self.fail_launch:
             self.fail_launch = False
             raise OutOfMemory("launch")
-        self.steps += 1
-        self.computed += len(batch.tokens)
         for seat in batch.taken:
             self.seats[seat.seat] = self._sit(seat)
         for to, copy in [(to, replace(self.seats[seat])) for seat, to in batch.forks.tolist()]:
             self.seats[to] = copy
         for source, target, count in batch.copies.tolist():
-            self._page(target)[:count] = self._page(source)[:count].copy()
-        output = self._run(batch)
+            at = source * self.size
+            self.cache[target * self.size : target * self.size + count] = self.cache[
+                at : at + count
+            ]
+        output = self._run(batch, rows_of(batch))
         if self.fail_wait:
             self.fail_wait = False
             return self._fail
@@ -117,7 +131,7 @@ class Simulated:
     def _fail(self) -> Output:
         raise OutOfMemory("wait")
 
-    def _page(self, page: int) -> Longs:
+    def page(self, page: int) -> list[int]:
         return self.cache[page * self.size : (page + 1) * self.size]
 
     def _sit(self, seat: Seat) -> Sitting:
@@ -125,107 +139,108 @@ class Simulated:
         past = sum(slot(token, at) for at, token in enumerate(known)) & WORD
         return Sitting(seat, past=past, known=len(known))
 
-    def _run(self, batch: Batch) -> Output:
-        counts = np.diff(batch.starts)
-        row = np.repeat(np.arange(len(counts)), counts)  # [tokens] whose row
-        positions = np.arange(len(batch.tokens)) - (batch.starts[1:] - batch.lengths)[row]
-        tokens = self._tokens(batch, counts, positions)
-        at = batch.page_table[row, positions // self.size].astype(np.int64) * self.size
-        self.cache[at + positions % self.size] = slots(tokens, positions)
-        wanted = np.concatenate([batch.sample_at, batch.score_at, batch.beam_at]).astype(np.int64)
-        contexts = self._contexts(batch, row[wanted], positions[wanted])
-        samples, scores = len(batch.sample_at), len(batch.score_at)
-        places = positions[wanted].tolist()
-        bad = np.zeros(len(counts), np.int32)
-        if self.nan_row >= 0:
-            bad[self.nan_row % len(counts)] = 1
-            self.nan_row = -1
-        drawn = self._sample(batch, contexts[:samples], places)
-        asked = contexts[samples : samples + scores]
-        chances = [logprob(*pair) for pair in zip(contexts, drawn, strict=False)]
+    def _run(self, batch: Batch, rows: list[Row]) -> Output:
+        places = [place for row in rows for place in self._write(row)]
+        drawn, said = [], []
+        for at, seat in zip(batch.sample_at.tolist(), batch.sample_seat.tolist(), strict=True):
+            context = self._context(*places[at])
+            drawn.append(self._sample(context, seat, places[at][1] + 1))
+            said.append(context)
+        asked = [self._context(*places[at]) for at in batch.score_at.tolist()]
+        chances = [logprob(*pair) for pair in zip(said, drawn, strict=True)]
         scored = [logprob(*pair) for pair in zip(asked, batch.score_token.tolist(), strict=True)]
-        beams = self._beams(batch, contexts[samples + scores :])
+        beams = [
+            self._successors(self._context(*places[at]), seat, batch.beam_width)
+            for at, seat in zip(batch.beam_at.tolist(), batch.beam_seat.tolist(), strict=True)
+        ]
+        bad = np.zeros(len(rows), np.int32)
+        if self.nan_row >= 0:
+            bad[self.nan_row % len(rows)] = 1
+            self.nan_row = -1
         top, most = batch.top, batch.beam_width
+        some = [rivals(context, top) for context in said] if batch.logprobs else []
+        others = [rivals(context, top) for context in asked]
         return Output(
             tokens=np.array(drawn, np.int32),
-            logprobs=_floats([chance for chance, _ in chances]),
+            logprobs=np.array([chance for chance, _ in chances], np.float32),
             ranks=np.array([rank for _, rank in chances], np.int32),
-            top_tokens=_ids([rivals(c, top) for c in contexts[:samples]], top),
-            top_logprobs=_chances([rivals(c, top) for c in contexts[:samples]], top),
-            score_logprobs=_floats([chance for chance, _ in scored]),
+            top_tokens=_ids(some, top),
+            top_logprobs=_chances(some, top),
+            score_logprobs=np.array([chance for chance, _ in scored], np.float32),
             score_ranks=np.array([rank for _, rank in scored], np.int32),
-            score_top_tokens=_ids([rivals(c, top) for c in asked], top),
-            score_top_logprobs=_chances([rivals(c, top) for c in asked], top),
+            score_top_tokens=_ids(others, top),
+            score_top_logprobs=_chances(others, top),
             beam_tokens=_ids(beams, most),
             beam_logprobs=_chances(beams, most),
             bad=bad,
         )
 
-    def _tokens(
-        self, batch: Batch, counts: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """Ids, the unknown ones from their seats, which hear what is news to them."""
-        tokens = batch.tokens.astype(np.int64)
-        firsts, seats = batch.starts[:-1].tolist(), batch.seats.tolist()
-        for first, count, seat in zip(firsts, counts.tolist(), seats, strict=True):
-            if count == 1 and tokens[first] == LAST_SAMPLE:
-                tokens[first] = self.seats[seat].last
-            sitting = self.seats.get(seat)
-            if sitting is not None and sitting.seat.sampling.looks_back:
-                for i in range(first, first + count):
-                    if positions[i] >= sitting.known:
-                        assert positions[i] == sitting.known, "a seat missed a token"
-                        sitting.past = (
-                            sitting.past + slot(int(tokens[i]), int(positions[i]))
-                        ) & WORD
-                        sitting.known += 1
-        assert (tokens >= 0).all(), "a row asks for a sample that nobody drew"
-        return tokens
+    def _write(self, row: Row) -> list[tuple[list[int], int]]:
+        """Tokens into pages; each one's pages and position."""
+        sitting, places = self.seats.get(row.seat), []
+        for position, token in enumerate(row.tokens, row.start):
+            if token == LAST_SAMPLE:
+                token = sitting.last if sitting is not None else LAST_SAMPLE
+                hold(token != LAST_SAMPLE, "I11", "a row asks for a sample that nobody drew")
+            value = slot(token, position)
+            page, offset = divmod(position, self.size)
+            self.cache[row.pages[page] * self.size + offset] = value
+            if sitting is not None and sitting.hears and position >= sitting.known:
+                hold(position == sitting.known, "I11", "seat", row.seat, "missed a token")
+                sitting.past = (sitting.past + value) & WORD
+                sitting.known += 1
+            places.append((row.pages, position))
+        return places
 
-    def _contexts(
-        self, batch: Batch, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> list[int]:
-        """The sum of what each wanted row reads back, up to its position."""
-        if not len(rows):
-            return []
-        counts = positions + 1
-        ends = np.cumsum(counts)
-        which = np.repeat(np.arange(len(rows)), counts)
-        at = np.arange(ends[-1]) - (ends - counts)[which]
-        pages = batch.page_table[rows[which], at // self.size].astype(np.int64)
-        read = self.cache[pages * self.size + at % self.size]
-        contexts: list[int] = np.add.reduceat(read, ends - counts).tolist()
-        return contexts
+    def _context(self, pages: list[int], position: int) -> int:
+        """The sum of what a row reads back, up to this position."""
+        size, cache = self.size, self.cache
+        full, rest = divmod(position + 1, size)
+        total = sum(sum(cache[page * size : (page + 1) * size]) for page in pages[:full])
+        if rest:
+            total += sum(cache[pages[full] * size : pages[full] * size + rest])
+        return total & WORD
 
-    def _sample(self, batch: Batch, contexts: Sequence[int], positions: list[int]) -> list[int]:
-        drawn = []
-        for context, seat, at in zip(contexts, batch.sample_seat.tolist(), positions, strict=False):
-            sitting = self.seats[seat]
-            who, nth = sitting.seat, at + 1 - sitting.seat.start
-            token = draw(context, sitting.past, who.sampling, who.branch, nth, at + 1)
-            sitting.last = token
-            drawn.append(token)
-        return drawn
+    def _sample(self, context: int, seat: int, position: int) -> int:
+        sitting = self.seats[seat]
+        who = sitting.seat
+        nth = position - who.start
+        sitting.last = draw(context, sitting.past, who.sampling, who.branch, nth, position)
+        return sitting.last
 
-    def _beams(self, batch: Batch, contexts: Sequence[int]) -> list[list[tuple[int, float]]]:
-        found = []
-        for context, seat in zip(contexts, batch.beam_seat.tolist(), strict=True):
-            sitting = self.seats[seat]
-            sampling = sitting.seat.sampling
-            found.append(successors(context, sitting.past, sampling, batch.beam_width))
-        return found
+    def _successors(self, context: int, seat: int, count: int) -> list[tuple[int, float]]:
+        sitting = self.seats[seat]
+        return successors(context, sitting.past, sitting.seat.sampling, count)
 
 
-def _floats(values: list[float]) -> Floats:
-    return np.array(values, np.float32)
+def rows_of(batch: Batch) -> list[Row]:
+    tokens, starts, lengths = batch.tokens.tolist(), batch.starts.tolist(), batch.lengths.tolist()
+    return [
+        Row(seat, tokens[first:end], length - (end - first), pages)
+        for seat, first, end, length, pages in zip(
+            batch.seats.tolist(),
+            starts,
+            starts[1:],
+            lengths,
+            batch.page_table.tolist(),
+            strict=False,
+        )
+    ]
+
+
+NO_IDS, NO_CHANCES = np.zeros((0, 0), np.int32), np.zeros((0, 0), np.float32)
 
 
 def _ids(rows: list[list[tuple[int, float]]], width: int) -> Ints:
+    if not rows:
+        return NO_IDS
     return np.array([[token for token, _ in row] for row in rows], np.int32).reshape(
         len(rows), width
     )
 
 
 def _chances(rows: list[list[tuple[int, float]]], width: int) -> Floats:
+    if not rows:
+        return NO_CHANCES
     flat = np.array([[chance for _, chance in row] for row in rows], np.float32)
     return flat.reshape(len(rows), width)
