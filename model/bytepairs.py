@@ -32,11 +32,13 @@ DIGITS = rf"\p{{N}}|{CONTRACTIONS}| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?![^\s\
 
 # What Oniguruma and Rust read alike; a test compares them on every character there is.
 _ONE = r"\\p\{(?:[LMNPSZ]|L[ulmot])\}|\\[rnt]"
-_TERM = rf"(?:{_ONE}|\\[sS]|\[\^?(?:{_ONE}|\\s|[\w .,(){{}}'/])+\]|[\w '/])"
-_TERM += r"(?:[?*+]|\{\d(?:,\d)?\})?(?![?*+{])"
-_GROUP = rf"\(\?i:{re.escape(CONTRACTIONS)}\)\??|\(\?:(?:{_TERM})+\)\??"
+_ATOM = rf"(?:{_ONE}|\\[sS]|\[\^?(?:{_ONE}|\\s|[\w .,(){{}}'/])+\]|[\w '/])"
+_SOLID = rf"{_ATOM}(?:\+|\{{(?:1,)?[1-9]\}})?(?![?*+{{])"
+_TERM = rf"(?:{_SOLID}|{_ATOM}[?*](?![?*+{{]))"
+_GROUP = rf"(?:\(\?i:{re.escape(CONTRACTIONS)}\)|\(\?:{_SOLID}{_TERM}*\))"
 _BLANKS = r"(\\s|\[(?: |\\[srnt])+\])\+(\(\?!(?:\\S|\[\^\\s\\p\{N\}\])\))"
-_PART = re.compile(rf"{_BLANKS}(?=\||$)|(?:{_TERM}|{_GROUP})+", re.ASCII)
+_PART = re.compile(rf"{_BLANKS}(?=\||$)|(?:{_TERM}|{_GROUP}\??)+", re.ASCII)
+_EMPTY = re.compile(rf"(?:{_ATOM}[?*]|{_GROUP}\?)+", re.ASCII)  # what may match nothing at all
 
 
 def cut_of(pre_tokenizer: Json | None) -> tuple[str, bool] | None:
@@ -62,7 +64,7 @@ def cut_of(pre_tokenizer: Json | None) -> tuple[str, bool] | None:
 def translate(pattern: str) -> str | None:
     """The same for tiktoken, or nothing where that is not certain."""
     parts = [found[0] for found in _PART.finditer(pattern)]
-    if len(pattern) > 2000 or "|".join(parts) != pattern:
+    if len(pattern) > 2000 or "|".join(parts) != pattern or any(map(_EMPTY.fullmatch, parts)):
         return None
     certain = "|".join(part for part in parts if "(?!" not in part)
     if not certain or not _covers(certain, pattern):
@@ -86,7 +88,8 @@ def _covers(pattern: str, literals: str) -> bool:
     sorts = {(unicodedata.category(c), c.isspace()): c for c in map(chr, range(0xD800))}
     bytes_only = {bytes([byte]): byte for byte in range(256)}
     core = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=bytes_only, special_tokens={})
-    return all(bytes(core.encode_ordinary(c)) == c.encode() for c in {*sorts.values(), *literals})
+    probes = {*sorts.values(), *literals, *"\r\n\t"}
+    return all(bytes(core.encode_ordinary(c)) == c.encode() for c in probes)
 
 
 # ── tokens ────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from model.bytepairs import BytePairs, translate
+from model.bytepairs import BytePairs, ranks_of, translate
 from model.spelling import LETTERS
 from model.tokenizer import TextError, Tokenizer
 from tests.model import words
@@ -265,10 +265,55 @@ def test_both_engines_read_classes_alike_on_every_character(pattern: str) -> Non
         r"[^x]|x|",
         "",
         "(" * 3000,
+        r"[^\n]+|\s+(?!\S)",  # an end of line before a word is nobody's
+        r"\p{L}*|[^x]|x",  # may match nothing
+        r"(?:\n* *)|[^x]|x",
+        r" ?(?:\n+ *)?|[^x]|x",
+        r"\p{N}{3,1}|[^x]|x",  # in one engine possessive
     ],
 )
 def test_other_patterns_are_left_to_the_library(pattern: str) -> None:
     assert translate(pattern) is None
+
+
+def random_pattern(draw: random.Random) -> str:
+    atoms = [r"\p{L}", r"\p{N}", r"\p{M}", r"\p{Lu}", r"\r", r"\n", r"\s", r"\S", *"aA1_ '/"]
+    inside = [*atoms[:7], *"aA1_ '/.,(){}"]
+
+    def atom() -> str:
+        chosen = "".join(draw.choices(inside, k=draw.randrange(1, 4)))
+        sets = [f"[{chosen}]", f"[^{chosen}]"]
+        return draw.choice([draw.choice(atoms), *sets])
+
+    def part() -> str:
+        groups = ["(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"(?:\n+ *)?"]
+        terms = [atom() + draw.choice(["", "?", "*", "+", "+", "{2}", "{1,3}"]) for _ in range(2)]
+        ends = [r"\s+(?!\S)", r"[ \t]+(?!\S)", r"\s+(?![^\s\p{N}])"]
+        return draw.choice(
+            [draw.choice(ends), "".join(terms), "".join(terms) + draw.choice(groups)]
+        )
+
+    return "|".join(part() for _ in range(draw.randrange(1, 5))) + draw.choice(["", r"|\s+|\S"])
+
+
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 9))]
+)
+def test_patterns_that_are_taken_cut_alike(seed: int) -> None:
+    made, draw, taken = words.byte_level(words.split(r"[\s\S]+")), random.Random(seed), 0
+    ranks = ranks_of(json.loads(made.to_str())["model"], set())
+    assert ranks is not None
+    texts = [text for text in words.texts() if len(text) < 300]  # the library goes back for ever
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.encode_special_tokens = True
+    while taken < 20:
+        pattern = random_pattern(draw)
+        if translated := translate(pattern):
+            made.pre_tokenizer = pre_tokenizers.Sequence([words.split(pattern), level])
+            ours = BytePairs(translated, ranks, space=False)
+            for text in draw.sample(texts, 20):
+                assert ours.encode(text) == made.encode(text).ids, (pattern, text)
+            taken += 1
 
 
 # ── text ──────────────────────────────────────────────────────────────────────────────────────
