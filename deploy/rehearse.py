@@ -46,7 +46,7 @@ def install(place: Path) -> Path:
 
 
 def _interpreter(place: Path) -> str:
-    """A Python that everybody may run; one in somebody's home is copied, as images have their own."""
+    """A Python that everybody may run: one in somebody's home is copied."""
     base = Path(sys.base_prefix)
     if all(folder.stat().st_mode & 0o001 for folder in (base, *base.parents)):
         return str(base / "bin" / "python3")
@@ -77,6 +77,7 @@ def serve(python: Path, model: Path, scratch: Path) -> None:
         port = one.getsockname()[1]
     environ = {
         "PATH": os.environ["PATH"],
+        "LD_LIBRARY_PATH": str(python.parents[2] / "python" / "lib"),  # of a copied interpreter
         "HOME": "/nonexistent",
         "TMPDIR": str(scratch),
         "XDG_CACHE_HOME": str(scratch / "cache"),
