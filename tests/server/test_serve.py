@@ -42,14 +42,7 @@ class Process:
             self.lines.append(line)
 
     def get(self, path: str) -> int:
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request("GET", path)
-            return connection.getresponse().status
-        except ConnectionError:
-            return 0
-        finally:
-            connection.close()
+        return get(self.port, path)
 
     def wait_ready(self) -> None:
         until(lambda: self.process.poll() is not None or self.get("/health/ready") == 200, 60)
@@ -76,6 +69,18 @@ class Process:
         tasks = Path(f"/proc/{self.process.pid}/task")
         texts = [(task / "children").read_text() for task in tasks.iterdir()]
         return [int(pid) for text in texts for pid in text.split()]
+
+
+def get(port: int, path: str) -> int:
+    """The status of a path; 0 when nobody listens."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except ConnectionError:
+        return 0
+    finally:
+        connection.close()
 
 
 def free_port() -> int:
@@ -219,6 +224,27 @@ def test_equal_streams_at_once(client: Any) -> None:
         assert len(set(pool.map(text, range(32)))) == 1
 
 
+def test_only_the_port_listens(running: Process) -> None:
+    """T42: of all processes of the server."""
+    pids = [running.process.pid]
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            pids += map(int, (task / "children").read_text().split())
+    sockets = {
+        os.readlink(link)
+        for pid in pids
+        for link in Path(f"/proc/{pid}/fd").iterdir()
+        if link.is_symlink() and os.path.lexists(link)
+    }
+    listening = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                listening.add(fields[1])
+    assert listening == {f"0100007F:{running.port:04X}"}
+
+
 # Starting and stopping
 
 
@@ -289,6 +315,23 @@ def test_a_signal_during_loading_ends_it_at_once(folder: Path, number: int) -> N
     assert made.end(number) == 0
     assert not any(map(alive, children))
     assert not [line for line in made.lines if "Traceback" in line]
+
+
+@pytest.mark.slow
+def test_a_closed_stderr_does_not_stop_it(folder: Path) -> None:
+    """T77"""
+    reads, writes = os.pipe()
+    os.close(reads)
+    port = str(free_port())
+    command = [sys.executable, "-m", "server", "serve", str(folder), "--port", port, *FLAGS]
+    with os.fdopen(writes, "wb") as nowhere:
+        made = subprocess.Popen(command, stderr=nowhere, env=ENVIRON)
+    try:
+        until(lambda: get(int(port), "/health/ready") == 200, 60)
+        assert [get(int(port), "/version") for _ in range(20)] == [200] * 20
+    finally:
+        made.terminate()
+    assert made.wait(30) == 0
 
 
 @pytest.mark.slow
