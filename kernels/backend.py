@@ -244,10 +244,10 @@ def differs(got: list[Tensor], own: list[Tensor], wanted: list[Tensor]) -> str:
     is `wanted` (the same in a wider type), and one rounding on top.
     """
     for i, (ours, torchs, exact) in enumerate(zip(got, own, wanted, strict=True)):
-        exact = exact.double()
-        rounding = _rounding(ours.dtype, exact)
-        allowed = 2 * (torchs.double() - exact).abs().nan_to_num().amax() if exact.numel() else 0
-        error = (ours.double() - exact).abs()
+        rounding = _rounding(ours.dtype, exact := exact.double())
+        ours, torchs = ours.double(), torchs.double()
+        allowed = 2 * (torchs - exact).abs().nan_to_num().amax() if exact.numel() else 0
+        error = (ours - exact).abs()
         same = (error <= allowed + rounding) | (exact.isnan() & ours.isnan()) | (ours == exact)
         if not bool(same.all()):
             worst = float(error[~same].max())

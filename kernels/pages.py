@@ -154,9 +154,10 @@ def _write(x: Tensor, pages: Tensor, slots: Tensor, scales: Tensor | None) -> No
     page, offset = slots // pages.shape[2], slots % pages.shape[2]
     if scales is not None:
         largest = LARGEST[pages.dtype]
-        scale = x.float().abs().amax(-1) / largest  # [tokens, kv_heads]
+        x = x.to(scales.dtype)
+        scale = x.abs().amax(-1) / largest  # [tokens, kv_heads]
         scales[page, :, offset] = scale
-        x = x.float() / scale.clamp(min=1e-30)[..., None]
+        x = x / scale.clamp(min=1e-30)[..., None]
         if pages.dtype == torch.int8:
             x = x.round()
         x = x.clamp(-largest, largest)

@@ -72,10 +72,12 @@ def _put(
 
 @triton.jit
 def _e4m3(x):
-    """The bits of fp8 e4m3, for GPUs that cannot convert: those of a float16 2⁸ times smaller."""
-    half = (x * 0.00390625).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int32)
-    size = half & 0x7FFF
-    return ((half & 0x8000) >> 8) | ((size + 0x3F + ((size >> 7) & 1)) >> 7)
+    """The bits of fp8 e4m3 of |x| ≤ 448, ties to even, for GPUs that cannot convert."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+    small = (tl.abs(x) + 16384.0).to(tl.int32, bitcast=True) & 15  # in steps of 2⁻⁹
+    return ((bits >> 24) & 0x80) | tl.where(size < 0x3C800000, small, normal)  # below 2⁻⁶
 
 
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_FREE)
