@@ -120,7 +120,8 @@ def measure_prompts(decoder: Decoder, words: Tokenizer, excerpts: dict[str, str]
 
 def _answers(decoder: Decoder, words: Tokenizer, prompts: list[str]) -> Iterator[str]:
     for prompt in tqdm(prompts, desc="prompts"):
-        yield words.decode(generate(decoder, words.encode(prompt), ANSWER, end_of(words)))
+        seen = words.encode(prompt)[ANSWER - decoder.config.context :]  # what fits, with an answer
+        yield words.decode(generate(decoder, seen, ANSWER, end_of(words)))
 
 
 def measure_counting(decoder: Decoder, words: Tokenizer) -> dict[str, int]:
