@@ -63,8 +63,8 @@ def cut_of(pre_tokenizer: Json | None) -> tuple[str, bool] | None:
 @cache
 def translate(pattern: str) -> str | None:
     """The same for tiktoken, or nothing where that is not certain."""
-    parts = [found[0] for found in _PART.finditer(pattern)]
-    if len(pattern) > 2000 or "|".join(parts) != pattern or any(map(_EMPTY.fullmatch, parts)):
+    parts = [found[0] for found in _PART.finditer(pattern[:2000])]
+    if "|".join(parts) != pattern or any(map(_EMPTY.fullmatch, parts)):
         return None
     certain = "|".join(part for part in parts if "(?!" not in part)
     if not certain or not _covers(certain, pattern):

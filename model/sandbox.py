@@ -53,11 +53,16 @@ class Sandbox:
         # -P: the folder of the program is not a place to import from
         program = [sys.executable, "-P", str(PROGRAM)]
         pipe, none = subprocess.PIPE, subprocess.DEVNULL
-        self._running.append(
-            subprocess.Popen(  # noqa: S603, the program is our own
-                program, stdin=pipe, stdout=pipe, stderr=none, env=environ, text=True
-            )
+        process = subprocess.Popen(  # noqa: S603, the program is our own
+            program,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=none,
+            env=environ,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the server, which may still have chats to end
         )
+        self._running.append(process)
         return self._exchange(self._start)
 
     def _exchange(self, line: str) -> Reply:

@@ -137,6 +137,9 @@ def answer(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]
 
 
 def limit() -> None:
+    for timer in (signal.SIGPROF, signal.SIGALRM):  # a parent's ignoring would be inherited
+        signal.signal(timer, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [timer])
     limits = {"AS": MEMORY, "CORE": 0, "FSIZE": 0}  # no dumps, and no files at all
     for name, most in limits.items():
         with contextlib.suppress(ValueError, OSError):  # some systems have no such limit

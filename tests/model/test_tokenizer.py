@@ -200,7 +200,7 @@ def random_bpe(draw: random.Random) -> dict[str, Any]:
 
 def test_what_is_proved_is_true() -> None:
     """All words of up to six letters, for hundreds of made-up vocabularies."""
-    draw, proved, count = random.Random(7), 0, 400
+    draw, proved, count = random.Random(7), 0, 250
     alphabet = ["".join(w) for n in range(1, 7) for w in itertools.product("abc", repeat=n)]
     for _ in range(count):
         document = random_bpe(draw)
