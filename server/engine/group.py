@@ -91,7 +91,8 @@ class Group:
     forks: list[tuple[int, int]] = field(default_factory=list)  # beams: seats to copy next
     rows: int = 0  # computed for beams
     given: int = 0  # tokens of the best beam that are out
-    started: bool = False  # it had a step
+    started: bool = False  # it had a step …
+    again: bool = False  # … and has to be computed again
     told: bool = False  # it had an event
     over: bool = False  # it had its last
     preempted: int = 0

@@ -100,6 +100,7 @@ class Child:
             while data := await reader.read(1 << 20):
                 for message in frames.feed(data):
                     hear(self, message)
+                    await asyncio.sleep(0)  # let readers read: we may lag, and they not
         except (ConnectionError, msgspec.MsgspecError):
             log.exception("The engine's line broke")
 
@@ -165,6 +166,8 @@ class Client:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
             self._heart.close()
+            if not self._started.done():
+                self._started.set_exception(EngineDown(self._reason))
 
     async def stream(self, request: Request) -> AsyncIterator[Event]:
         """The request's events, the last with `done`. Leaving early (`aclosing`) cancels.

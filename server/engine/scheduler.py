@@ -157,6 +157,7 @@ class Scheduler:
         """Back to the queue: what is known stays, and all of it is to be computed again."""
         self._stats.recomputed += sum(branch.computed - branch.fork_at for branch in group.branches)
         self._leave(group)
+        group.again = True
         living = group.living
         for branch in living:
             branch.restart()
@@ -178,8 +179,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """The next step; None when there is nothing to do before the step in flight is read."""
-        for group, error in self._lobby.late(self._clock()):
-            self._end(group, "error", error)
+        self._expire()
         if self._flying and (self._short or self._flying[-1].alone):
             return None
         rows = self._fill()
@@ -196,6 +196,10 @@ class Scheduler:
         self._stats.steps += 1
         self._stats.step_tokens += self.options.budget - rows.left
         return rows.batch()
+
+    def _expire(self) -> None:
+        for group, error in self._lobby.late(self._clock()):
+            self._end(group, "error", error)
 
     def _fill(self) -> Rows:
         self._short = self._moved = False
@@ -376,7 +380,7 @@ class Scheduler:
         branch.published = len(branch.pages)
         branch.computed = branch.published * size
         self._table.put(branch.seat, first, found)
-        if not group.preempted and not group.failures:
+        if not group.again:
             group.cached += len(found) * size
             self._stats.cache_hits += len(found) * size
 
@@ -435,6 +439,7 @@ class Scheduler:
         for group in dict.fromkeys(group for s in steps for group in s.groups() + s.begun):
             if group in self.running:
                 self._wait_again(group)
+        self._expire()
         return self.events()
 
     def events(self) -> list[Event]:
