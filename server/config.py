@@ -123,7 +123,7 @@ class Settings:
         "info", "life", "what is worth a line"
     )
     otlp_endpoint: str | None = option(
-        None, "life", "where to send OpenTelemetry traces (needs the otel extra)"
+        None, "life", "an OpenTelemetry collector, http://…:4318, that gets traces"
     )
 
     limits: Limits = field(default_factory=Limits)

@@ -122,7 +122,7 @@ class Meter:
         self, metrics: Metrics, operation: str, clock: Callable[[], float] = time.monotonic
     ):
         self._metrics = metrics
-        self._operation = operation
+        self.operation = operation
         self._clock = clock
         self.began = clock()
         self.first: float | None = None
@@ -145,7 +145,7 @@ class Meter:
         if self.first is None:
             self.first = now
             self._metrics.observe("time_to_first_token_seconds", now - self.began)
-            self._metrics.telemetry("time_to_first_token", self._operation, now - self.began)
+            self._metrics.telemetry("time_to_first_token", self.operation, now - self.began)
         else:
             self._metrics.observe("inter_token_latency_seconds", now - self._last)
         self._last = now
@@ -155,14 +155,14 @@ class Meter:
         """The answer is complete."""
         whole = self._clock() - self.began
         self._metrics.observe("e2e_request_latency_seconds", whole)
-        self._metrics.telemetry("request_duration", self._operation, whole)
+        self._metrics.telemetry("request_duration", self.operation, whole)
         self._metrics.observe("request_generation_tokens", self.tokens)
         if self.first is not None:
             decode = self._last - self.first
             each = decode / max(1, self.tokens - 1)
             self._metrics.observe("request_decode_time_seconds", decode)
             self._metrics.observe("request_time_per_output_token_seconds", each)
-            self._metrics.telemetry("time_per_output_token", self._operation, each)
+            self._metrics.telemetry("time_per_output_token", self.operation, each)
 
 
 class _Engine:

@@ -29,6 +29,7 @@ from server.errors import KvistError, ModelError, PortTaken, SettingError
 from server.listen import Server, bind, configure
 from server.logs import set_up
 from server.metrics import Metrics
+from server.traces import Traces
 from server.version import VERSION
 
 log = logging.getLogger("kvist")
@@ -83,6 +84,9 @@ async def _serve(
         asyncio.create_task(_open(front, client, url)),
         asyncio.create_task(_feel(front)),
     ]
+    if settings.otlp_endpoint:
+        front.traces = Traces(settings.otlp_endpoint)
+        tasks.append(asyncio.create_task(front.traces.run()))
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _rotate, keys)
     try:
         return await _until_over(server, client, tasks[0], tasks[1])

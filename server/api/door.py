@@ -51,7 +51,33 @@ class Door:
             if not status:
                 await refusal(KvistError(BROKEN))(scope, receive, send_on)
         finally:
-            _tell(scope, state, status, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            _tell(scope, state, status, seconds)
+            if self._front.traces is not None and "meter" in state:
+                self._trace(scope, state, status, seconds)
+
+    def _trace(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
+        """A span of the GenAI conventions."""
+        asked, usage, meter = state["answer"].asked, state["answer"].usage, state["meter"]
+        error = state.get("error")
+        code = getattr(error, "code", type(error).__name__) if error else None
+        told: dict[str, str | int | float] = {
+            "gen_ai.operation.name": meter.operation,
+            "gen_ai.provider.name": "kvist",
+            "gen_ai.request.model": asked.served.name,
+            "gen_ai.request.max_tokens": asked.requests[0].max_tokens,
+            "gen_ai.response.id": asked.id,
+            "gen_ai.usage.input_tokens": usage.prompt,
+            "gen_ai.usage.output_tokens": usage.completion,
+            "http.response.status_code": status,
+        }
+        if code is not None:
+            told["error.type"] = code
+        if meter.first is not None:
+            told["gen_ai.server.time_to_first_token"] = meter.first - meter.began
+        name = f"{meter.operation} {asked.served.name}"
+        assert self._front.traces is not None
+        self._front.traces.add(scope["headers"], name, seconds, told, code)
 
     def _check_host(self, scope: Scope) -> None:
         if not self._hosts or scope["path"] in OPEN:

@@ -16,6 +16,7 @@ from server.engine.process import Health
 from server.engine.request import Event, Request, Stats
 from server.errors import Draining, EngineDown
 from server.metrics import Metrics
+from server.traces import Traces
 
 Body = TypeVar("Body", bound=Strict)
 
@@ -36,6 +37,7 @@ class Front:
     engine: Engine
     metrics: Metrics
     keys: Keys
+    traces: Traces | None = None
     pool: Pool = field(default_factory=Pool)
     served: Served | None = None  # from the moment that the engine is ready
     draining: bool = False  # not ready any more …

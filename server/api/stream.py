@@ -87,20 +87,22 @@ class Reply(Response):
         self.answer = answer
         self.shape = shape
         self.meter = meter
+        self.failed: KvistError | None = None  # after the first byte
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.front.running.add(task)
-        scope["state"]["answer"] = self.answer
-        scope["state"]["meter"] = self.meter
+        scope["state"] |= {"answer": self.answer, "meter": self.meter}
         try:
             await self.answer_to(receive, send)
         except asyncio.CancelledError:
             raise Draining(STOPPED) from None  # only a server that stops cancels answers
         finally:
             self.front.running.discard(task)
+            if self.failed is not None:
+                scope["state"]["error"] = self.failed
 
     async def answer_to(self, receive: Receive, send: Send) -> None:
         raise NotImplementedError
@@ -160,6 +162,7 @@ class Stream(Reply):
         if not self.begun:
             raise error
         self.front.metrics.rejected(error.code)
+        self.failed = error
         await self._send(send, event(error.body()))
 
     async def _send(self, send: Send, data: bytes) -> None:

