@@ -5,7 +5,7 @@ No label comes from a client. What the engine counts is read from its stats at e
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -41,6 +41,15 @@ GEN_AI = {
 }
 
 
+class Watched(Protocol):
+    """The part of the engine's client that tells numbers."""
+
+    @property
+    def unread(self) -> int: ...
+    def stats(self) -> Stats: ...
+    def health(self) -> Health: ...
+
+
 class Metrics:
     def __init__(self, model: str, version: str) -> None:
         self.registry = CollectorRegistry()
@@ -55,7 +64,6 @@ class Metrics:
         self._rejected = self._counter(
             "requests_rejected", "refused, by the error's code", "reason"
         )
-        self._aborted = self._counter("requests_aborted", "given up, by where", "where")
         self.lag = Histogram(
             "event_loop_lag_seconds",
             "how late the event loop was",
@@ -92,15 +100,12 @@ class Metrics:
     def _counter(self, name: str, about: str, label: str) -> Counter:
         return Counter(name, about, [label], registry=self.registry)
 
-    def watch(self, stats: Callable[[], Stats], health: Callable[[], Health]) -> None:
+    def watch(self, engine: Watched) -> None:
         """From now on, tell of the engine too."""
-        self.registry.register(_Engine(self._labels, stats, health))
+        self.registry.register(_Engine(self._labels, engine))
 
     def rejected(self, code: str) -> None:
         self._rejected.labels(code).inc()
-
-    def aborted(self, where: str) -> None:
-        self._aborted.labels(where).inc()
 
     def finished(self, reason: str) -> None:
         self._finished.labels(*self._labels, reason).inc()
@@ -168,15 +173,12 @@ class Meter:
 class _Engine:
     """A Prometheus collector: the engine's own numbers, read when they are asked for."""
 
-    def __init__(
-        self, labels: tuple[str, str], stats: Callable[[], Stats], health: Callable[[], Health]
-    ) -> None:
+    def __init__(self, labels: tuple[str, str], engine: Watched) -> None:
         self._labels = labels
-        self._stats = stats
-        self._health = health
+        self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        stats, health = self._stats(), self._health()
+        stats, health = self._engine.stats(), self._engine.health()
         used = (stats.live / stats.pages) if stats.pages else 0.0
         yield self._gauge("vllm:num_requests_running", "requests in the batch", stats.running)
         yield self._gauge("vllm:num_requests_waiting", "requests in the queue", stats.waiting)
@@ -199,6 +201,8 @@ class _Engine:
         yield self._many(GaugeMetricFamily, "pages", "KV pages", states, ("state",))
         about = "seconds since the engine's last sign of life"
         yield self._one(GaugeMetricFamily, "engine_heartbeat_age_seconds", about, health.age)
+        about = "the most events that a client lags behind"
+        yield self._one(GaugeMetricFamily, "unread_events", about, self._engine.unread)
         for name, about, value in (
             ("engine_restarts", "engines started after the first", health.restarts),
             ("engine_steps", "runs of the model", stats.steps),
@@ -212,7 +216,7 @@ class _Engine:
         config = "vllm:cache_config_info"
         yield self._many(GaugeMetricFamily, config, "the KV cache", [(info, 1)], names)
         for name, about, label, counts in (
-            ("engine_requests_aborted", "cancelled or failed, by where", "where", stats.aborted),
+            ("requests_aborted", "cancelled or failed, by where", "where", stats.aborted),
             ("engine_requests_rejected", "refused in the engine", "reason", stats.rejected),
         ):
             rows = [((word,), count) for word, count in sorted(counts.items())]

@@ -76,7 +76,7 @@ async def _serve(
 ) -> int:
     client = Client(Blueprint(options=options), unread=settings.limits.unread_events)
     front = Front(settings, client, Metrics(_name(settings), VERSION), keys)
-    front.metrics.watch(client.stats, client.health)
+    front.metrics.watch(client)
     server = configure(build(front), front)
     url = f"{'https' if settings.tls_cert else 'http'}://{_address(listener)}"
     tasks = [

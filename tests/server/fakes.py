@@ -85,6 +85,10 @@ class FakeEngine:
         self.burst = 1  # tokens an event
         self.raises: Exception | None = None
 
+    @property
+    def unread(self) -> int:
+        return 0
+
     def health(self) -> Health:
         reason = "" if self.state == "ready" else "It died."
         return Health(state=self.state, age=self.age, restarts=0, reason=reason)

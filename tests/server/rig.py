@@ -73,7 +73,7 @@ def served(settings: Settings, **changes: Any) -> Served:
 def front(settings: Settings, engine: FakeEngine, **changes: Any) -> Front:
     made = Front(settings, engine, Metrics("tiny", "test"), Keys(settings.api_keys))
     made.served = served(settings, **changes)
-    made.metrics.watch(engine.stats, engine.health)
+    made.metrics.watch(engine)
     return made
 
 

@@ -539,7 +539,7 @@ def test_metrics_have_vllms_names_and_a_fixed_number_of_series(rig: Rig) -> None
         "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:engine_healthy",
         "vllm:cache_config_info", "gen_ai_server_request_duration_seconds_bucket",
         "requests_rejected_total", "engine_restarts_total", "engine_heartbeat_age_seconds",
-        "event_loop_lag_seconds_bucket", "nan_rows_total", "build_info", "pages",
+        "event_loop_lag_seconds_bucket", "unread_events", "nan_rows_total", "build_info", "pages",
     ):  # fmt: skip
         assert name in before, name
     for i in range(20):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,36 @@ def test_a_closed_stderr_does_not_stop_it(folder: Path) -> None:
     finally:
         made.terminate()
     assert made.wait(30) == 0
+
+
+@pytest.mark.slow
+def test_more_clients_than_files(folder: Path) -> None:
+    """T79: those above are told so, and when the first have left there is room again."""
+    port = free_port()
+    command = [sys.executable, "-m", "server", "serve", str(folder), "--port", str(port), *FLAGS]
+    few = ["prlimit", "--nofile=256:256", "--", *command]
+    made = subprocess.Popen(few, stderr=subprocess.DEVNULL, env=ENVIRON)
+    try:
+        until(lambda: get(port, "/health/ready") == 200, 60)
+        with ExitStack() as stack:
+            held = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+                for _ in range(400)
+            ]
+            assert b"429" in held[-1].recv(200)
+            before = cpu(made.pid)
+            threading.Event().wait(1)
+            assert cpu(made.pid) - before < 0.9, "it spins"
+        until(lambda: get(port, "/health/ready") == 200)
+    finally:
+        made.terminate()
+    assert made.wait(60) == 0
+
+
+def cpu(pid: int) -> float:
+    """Seconds that a process has computed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.slow
