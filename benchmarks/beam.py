@@ -1,30 +1,29 @@
 """What a beam costs: against as many greedy streams, and against transformers' beam search.
 
-    python -m benchmarks.beam [--shape small] [--widths 1,2,4,8,16] [--dtype float32] [--no-peer]
+    python -m benchmarks.beam [--shape small] [--widths 1 2 4 8 16] [--dtype float32] [--no-peer]
 
-A network of noise is written to a temporary folder and loaded by both. For each width k, in turns
-and in one process, all to the same forced length from the same prompt: a beam of width k, one
-request of k greedy choices in the same engine, and `generate(num_beams=k)`. Both of ours read the
-prompt once. Logits of noise are nearly flat: beams change places and copy pages at every step.
-`selection` is the search itself, on the host. On a busy machine, `--clock cpu --threads 1` counts
-work, which neighbours do not lengthen. Ends in one JSON line.
+A network of noise is written to a temporary folder and loaded by both. For each width k, all to
+the same forced length from the same prompt: a beam of width k, one request of k greedy choices in
+the same engine, and `generate(num_beams=k)`. Both of ours read the prompt once. Logits of noise are
+nearly flat: beams change places and copy pages at every step. `selection` is the search itself, on
+the host. Columns with `cpu` compare CPU time, which neighbours on a busy machine do not lengthen;
+with more than one thread it also counts threads that wait.
 """
 
-import argparse
-import json
-import os
-import platform
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from tqdm import tqdm
 
+from benchmarks import harness
+from benchmarks.harness import Times
 from model.sampling import Sampling
 from model.start import Ready, start
 from server.engine.admission import Options
@@ -33,7 +32,6 @@ from server.engine.engine import Engine
 from server.engine.pages import Pages
 from server.engine.request import Beams, Request
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 GOAL = 1.10  # a width-4 beam over four greedy streams
 PEER_GOAL = 3.0  # times transformers, width 4
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
@@ -87,8 +85,6 @@ def generate(peer: Any, prompt: list[int], tokens: int, width: int) -> None:
             given, attention_mask=torch.ones_like(given), max_new_tokens=tokens,
             min_new_tokens=tokens, num_beams=width, do_sample=False, pad_token_id=0,
         )  # fmt: skip
-    if peer.device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def selection(width: int, steps: int = 300) -> float:
@@ -106,113 +102,72 @@ def selection(width: int, steps: int = 300) -> float:
     return (time.thread_time() - begin) / steps * 1e6
 
 
-def measure(
-    ways: dict[str, Callable[[int], None]], widths: list[int], rounds: int, clock: str
-) -> dict[str, dict[int, float]]:
-    """Seconds, the best of the rounds, which neighbours only lengthen; the first one warms up."""
-    seconds: dict[str, dict[int, list[float]]] = {w: {k: [] for k in widths} for w in ways}
-    now = CLOCKS[clock]
-    for width in tqdm(widths, desc="widths"):
-        for _ in range(rounds + 1):
-            for way, run in ways.items():
-                begin = now()
-                run(width)
-                seconds[way][width].append(now() - begin)
-    return {
-        way: {width: min(times[1:]) for width, times in found.items()}
-        for way, found in seconds.items()
+def rivals(given: Namespace, folder: Path) -> dict[str, Callable[[int], None]]:
+    pages = 64 + max(given.widths) * -(-(given.prompt + given.tokens) // 16)
+    ready = start(
+        folder, device=given.device, dtype=given.dtype, threads=given.threads, pages=pages, rows=32
+    )
+    prompt = torch.randint(0, ready.config.vocabulary, (given.prompt,)).tolist()
+    ways: dict[str, Callable[[int], None]] = {
+        BEAM: lambda k: serve(ready, beam_request(prompt, given.tokens, k)),
+        GREEDY: lambda k: serve(ready, greedy_request(prompt, given.tokens, k)),
     }
+    if not given.no_peer:
+        peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=given.dtype)
+        peer = peer.to(ready.runner.device).eval()
+        ways[PEER] = lambda k: generate(peer, prompt, given.tokens, k)
+    return ways
 
 
-def table(seconds: dict[str, dict[int, float]], tokens: int, hosts: dict[int, float]) -> None:
-    peer = PEER in seconds
-    head = f"\n{'width':>6}{'beam tok/s':>12}{'greedy s':>10}{'beam s':>9}{'ratio':>8}"
-    print(f"{head}{'selection µs':>14}" + (f"{'transformers s':>16}{'times':>8}" if peer else ""))
-    for width, beam in seconds[BEAM].items():
-        greedy = seconds[GREEDY][width]
-        line = f"{width:6}{tokens / beam:12.1f}{greedy:10.3f}{beam:9.3f}{beam / greedy:8.3f}"
-        line += f"{hosts[width]:14.0f}"
-        if peer:
-            line += f"{seconds[PEER][width]:16.3f}{seconds[PEER][width] / beam:8.2f}"
-        print(line)
-
-
-def plot(seconds: dict[str, dict[int, float]], tokens: int, path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = {BEAM: "beam of k", GREEDY: "k greedy streams", PEER: "transformers, num_beams=k"}
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for way, found in seconds.items():
-        steps = [1e3 * value / tokens for value in found.values()]
-        axes.plot(list(found), steps, marker="o", label=names[way])
-    axes.set(xlabel="width k", ylabel="ms a token", xscale="log", xticks=list(seconds[BEAM]))
-    axes.set_xticks(list(seconds[BEAM]), [str(width) for width in seconds[BEAM]])
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.savefig(path)
+def row(width: int, times: dict[str, Times], tokens: int) -> dict[str, Any]:
+    beam, greedy, peer = times[BEAM], times[GREEDY], times.get(PEER)
+    found = {
+        "width": width,
+        "beam tok/s": tokens / beam.median,
+        "spread": beam.spread,
+        "beam ms": 1e3 * beam.median / tokens,
+        "greedy ms": 1e3 * greedy.median / tokens,
+        "ratio": beam.median / greedy.median,
+        "cpu ratio": min(beam.cpu) / min(greedy.cpu),
+        "selection µs": selection(width),
+    }
+    if peer:
+        found["transformers ms"] = 1e3 * peer.median / tokens
+        found["times"] = peer.median / beam.median
+        found["cpu times"] = min(peer.cpu) / min(beam.cpu)
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--widths", default="1,2,4,8,16")
+    parser.add_argument("--widths", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--no-peer", action="store_true")
-    parser.add_argument("--plot", type=Path, help="where to put the picture")
     given = parser.parse_args()
-    widths = [int(width) for width in given.widths.split(",")]
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), given.shape)
-        pages = 64 + max(widths) * -(-(given.prompt + given.tokens) // 16)
-        ready = start(
-            Path(name), device=given.device, dtype=given.dtype, threads=given.threads,
-            pages=pages, rows=32,
-        )  # fmt: skip
-        prompt = torch.randint(0, ready.config.vocabulary, (given.prompt,)).tolist()
-        ways: dict[str, Callable[[int], None]] = {
-            BEAM: lambda k: serve(ready, beam_request(prompt, given.tokens, k)),
-            GREEDY: lambda k: serve(ready, greedy_request(prompt, given.tokens, k)),
-        }
-        if not given.no_peer:
-            peer = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=given.dtype)
-            peer = peer.to(ready.runner.device).eval()
-            ways[PEER] = lambda k: generate(peer, prompt, given.tokens, k)
-        seconds = measure(ways, widths, given.rounds, given.clock)
-    hosts = {width: selection(width) for width in widths}
-    table(seconds, given.tokens, hosts)
-    if given.plot:
-        plot(seconds, given.tokens, given.plot)
-    report(seconds, hosts, vars(given) | {"widths": widths, "about": ready.about})
-
-
-def report(
-    seconds: dict[str, dict[int, float]], hosts: dict[int, float], given: dict[str, Any]
-) -> None:
-    ratios = {k: round(beam / seconds[GREEDY][k], 3) for k, beam in seconds[BEAM].items()}
-    found: dict[str, Any] = {"benchmark": "beam", "ratio": ratios.get(4), "goal": GOAL}
-    if PEER in seconds:
-        times = {k: round(peer / seconds[BEAM][k], 2) for k, peer in seconds[PEER].items()}
-        found |= {"times_transformers": times.get(4), "peer_goal": PEER_GOAL, "all_times": times}
-    conditions = {
-        name: given[name] for name in ("shape", "prompt", "tokens", "dtype", "rounds", "clock")
-    }
-    print(json.dumps(found | {
-        "ratios": ratios,
-        "seconds": {w: {k: round(s, 4) for k, s in v.items()} for w, v in seconds.items()},
-        "selection_us": {k: round(value, 1) for k, value in hosts.items()},
-        "device": given["about"]["device"], "threads": given["about"]["threads"],
-        "cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    } | conditions))  # fmt: skip
+        ways = rivals(given, Path(name))
+        rows = []
+        for width in given.widths:
+            runs = {way: partial(run, width) for way, run in ways.items()}
+            times = harness.take_turns(runs, given.rounds, shown=f"width {width}")
+            rows.append(row(width, times, given.tokens))
+    steps = {way: [each[f"{way} ms"] for each in rows] for way in ways}
+    harness.plot(
+        given.plot, "A beam of k, k greedy streams", "k", "ms a token",
+        {way: ([float(k) for k in given.widths], found) for way, found in steps.items()},
+    )  # fmt: skip
+    four = next((each for each in rows if each["width"] == 4), {})
+    harness.finish(
+        "beam", rows, given, shape=given.shape, prompt=given.prompt, tokens=given.tokens,
+        dtype=given.dtype, transformers=transformers.__version__, ratio=four.get("ratio"),
+        goal=GOAL, times_transformers=four.get("times"), peer_goal=PEER_GOAL,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
