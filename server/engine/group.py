@@ -19,6 +19,8 @@ from server.engine.pages import link, root
 from server.engine.request import Event, Finish, Request
 from server.engine.text import Text
 
+PREEMPTIONS = 3  # then a group is pinned
+
 Rivals: TypeAlias = list[tuple[int, float]]  # alternatives to a token, best first
 
 
@@ -62,12 +64,6 @@ class Branch:
             at = len(chain) * size
             chain.append(link(chain[-1] if chain else self.group.root, self.tokens(at, at + size)))
         return chain
-
-    def restart(self) -> None:
-        """Hold no pages any more, and have everything still to compute."""
-        self.length = len(self.group.prompt) + len(self.output)
-        self.computed = self.published = 0
-        self.pages = []
 
 
 @dataclass(eq=False)
@@ -125,6 +121,11 @@ class Group:
         return self.branches + self.buds
 
     @property
+    def pinned(self) -> bool:
+        """It gave way often enough."""
+        return self.preempted >= PREEMPTIONS
+
+    @property
     def width(self) -> int:
         """How many seats it takes."""
         beams = self.request.beams
@@ -146,6 +147,15 @@ class Group:
     def stopping(self, row: int, token: int) -> str | None:
         """Beams: the stop string that this token would complete."""
         return self.branches[row].text.completes(token)
+
+    def restart(self) -> None:
+        """Everything that is known is to be computed again."""
+        self.again = True
+        self.scored = len(self.scores) - 1
+        for branch in self.living:
+            branch.length = len(self.prompt) + len(branch.output)
+            branch.computed = branch.published = 0
+        self.plant(self.living)
 
     def plant(self, living: list[Branch]) -> None:
         """Arrange branches so that each distinct token is computed once.

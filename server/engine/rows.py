@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from model.batch import LAST_SAMPLE, Batch, Ints, Seat
 from server.engine.group import Branch, Group
+from server.engine.holdings import Copy, Table
 
 
 @dataclass(slots=True)
@@ -26,33 +27,13 @@ class Step:
         return list(dict.fromkeys(b.group for b, _ in self.rows if not b.group.over))
 
 
-class Table:
-    """Every seat's pages in order, kept up to date page by page instead of being rebuilt."""
-
-    def __init__(self, seats: int) -> None:
-        self._pages = np.zeros((seats, 64), np.int32)
-
-    def put(self, seat: int, at: int, pages: list[int]) -> None:
-        end = at + len(pages)
-        if end > self._pages.shape[1]:
-            more = np.zeros((len(self._pages), 2 * end - self._pages.shape[1]), np.int32)
-            self._pages = np.concatenate([self._pages, more], axis=1)
-        self._pages[seat, at:end] = pages
-
-    def clear(self, seat: int) -> None:
-        self._pages[seat] = 0
-
-    def of(self, seats: Ints, widest: int) -> Ints:
-        return self._pages[seats, :widest]
-
-
 class Rows:
     """Rows are added until the token budget is spent."""
 
     def __init__(self, table: Table, budget: int) -> None:
         self.left = budget
         self.step = Step()
-        self.copies: list[tuple[int, int, int]] = []
+        self.copies: list[Copy] = []
         self.taken: list[Seat] = []
         self._table = table
         self._tokens: list[int] = []
@@ -167,6 +148,6 @@ class Rows:
         )
 
 
-def _ints(values: list[int] | list[tuple[int, int]] | list[tuple[int, int, int]]) -> Ints:
+def _ints(values: list[int] | list[tuple[int, int]] | list[Copy]) -> Ints:
     array: npt.NDArray[np.int32] = np.array(values, np.int32)
     return array

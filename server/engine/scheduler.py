@@ -24,19 +24,19 @@ from collections.abc import Callable
 from model.batch import Batch, Output, Seat
 from server.engine import admission
 from server.engine.admission import Options
-from server.engine.beam_group import BeamGroup, Grown
+from server.engine.beam_group import BeamGroup
 from server.engine.drafts import Lookup
 from server.engine.group import Branch, Group
+from server.engine.holdings import Copy, Holdings
 from server.engine.lobby import Lobby
 from server.engine.outbox import Outbox
 from server.engine.pages import Pages
 from server.engine.reader import Reader
 from server.engine.request import Event, Finish, Request, Stats
-from server.engine.rows import Rows, Step, Table
+from server.engine.rows import Rows, Step
 from server.engine.text import Silent, Text
-from server.errors import Duplicate, KvistError, NumericalError, StepFailed
+from server.errors import Duplicate, Failed, KvistError, NumericalError, StepFailed
 
-PREEMPTIONS = 3  # then a group is pinned
 ANY = 2**31 - 1  # ids, if nobody says how many there are
 
 
@@ -60,27 +60,26 @@ class Scheduler:
         self._lobby = Lobby(options, 4 * pages.count * pages.size)
         self._groups: dict[str, Group] = {}  # running or waiting
         self._flying: deque[Step] = deque()
+        self._holdings = Holdings(pages, options.seats)
         self._taken: list[Seat] = []  # since the last step …
         self._begun: list[Group] = []  # … by these
-        self._table = Table(options.seats)
-        self._seats = list(range(options.seats - 1, -1, -1))  # free ones
         self._short = False  # a branch lacks pages: let nobody in, launch nothing ahead
-        self._moved = False  # a branch found what it needs without a row: look again
+        self._moved = False  # somebody found what it needs without a row: look again
         self._pinned = 0  # footprints of the pinned groups that run
         self._suspect: Group | None = None  # at most one runs
         self._number = 0
         self._outbox = Outbox()
         self._stats = Stats(pages=pages.count, page_size=pages.size)
 
-    # ── Who comes and goes ──────────────────────────────────────────────────────────────────────
+    # ── The door ────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, request: Request) -> None:
         """Let it wait for its turn; raises Refused or Busy."""
         try:
             if request.id in self._groups:
                 raise Duplicate(f"A request with the id {request.id!r} is here already.")
-            self.check_request(request)
-            group = self._group(request)
+            beams = self.check_request(request)
+            group = self._group(request, beams)
             self._lobby.check(group)
         except KvistError as error:
             _count(self._stats.rejected, error.code)
@@ -93,19 +92,19 @@ class Scheduler:
         elif group.needs_nothing:
             self._end_unsampled(group)
 
-    def check_request(self, request: Request) -> None:
+    def check_request(self, request: Request) -> BeamGroup | None:
         """Raise Refused for what could not be served even if nobody else were here."""
         admission.check(request, self.options, self.pages.count, self.pages.size)
+        vocabulary = self.options.vocabulary or ANY
+        return BeamGroup(request, vocabulary, self._name) if request.beams else None
 
-    def _group(self, request: Request) -> Group:
+    def _group(self, request: Request, beams: BeamGroup | None) -> Group:
         self._number += 1
-        group = Group(request, self._number, self._text(request))
+        group = Group(request, self._number, self._text(request), beams=beams)
         group.footprint = admission.footprint(request, self.pages.size)
-        if request.beams:
-            group.beams = BeamGroup(request, self.options.vocabulary or ANY, self._name)
-        elif not request.sampling.looks_back:
+        if beams is None and not request.sampling.looks_back:
             group.draft = self.options.draft if request.draft is None else request.draft
-        count = 1 if request.beams or not request.max_tokens else request.n
+        count = 1 if beams or not request.max_tokens else request.n
         group.plant([group.branch(index) for index in range(count)])
         return group
 
@@ -135,46 +134,6 @@ class Scheduler:
         group.branches, group.buds = [], []  # no cycle is left for the garbage collector
         del self._groups[group.request.id]
 
-    def _leave(self, group: Group) -> None:
-        """Stop running: pages and seats are for others."""
-        self.running.remove(group)
-        if group.preempted >= PREEMPTIONS:
-            self._pinned -= group.footprint
-        if self._suspect is group:
-            self._suspect = None
-        for branch in group.living:
-            self._release(branch)
-        self._seats += group.seats
-        group.seats, group.forks = [], []
-
-    def _release(self, branch: Branch) -> None:
-        self.pages.drop(reversed(branch.pages))
-        self._table.clear(branch.seat)
-        self._seats.append(branch.seat)
-        branch.pages, branch.seat = [], -1
-
-    def _wait_again(self, group: Group) -> None:
-        """Back to the queue: what is known stays, and all of it is to be computed again."""
-        self._stats.recomputed += sum(branch.computed - branch.fork_at for branch in group.branches)
-        self._leave(group)
-        group.again = True
-        living = group.living
-        for branch in living:
-            branch.restart()
-        group.plant(living)
-        group.scored = len(group.scores) - 1
-        self._lobby.enter(group)
-
-    def _preempt(self) -> Group:
-        """The newest group gives way."""
-        victim = self.running[-1]
-        if victim.preempted >= PREEMPTIONS:
-            raise RuntimeError("Pages lack although all groups that run are sure to fit.")
-        self._wait_again(victim)
-        victim.preempted += 1
-        self._stats.preemptions += 1
-        return victim
-
     # ── A step ──────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> Batch | None:
@@ -203,8 +162,8 @@ class Scheduler:
 
     def _fill(self) -> Rows:
         self._short = self._moved = False
-        rows = Rows(self._table, self.options.budget)
-        behind = self._decode(rows)
+        rows = Rows(self._holdings.table, self.options.budget)
+        behind = [branch for branch in self._decode(rows) if branch.seat >= 0]  # not preempted
         for branch in behind:
             self._compute(branch, rows, crowded=len(behind) > 1 or len(self._lobby) > 0)
         while rows.left > 0 and self._admits():
@@ -216,18 +175,16 @@ class Scheduler:
     def _decode(self, rows: Rows) -> list[Branch]:
         """Rows for all who lack one token; the branches that lack more."""
         behind: list[Branch] = []
-        spare = rows.left - self.options.seats + len(self._seats)  # tokens for guesses
+        spare = rows.left - self._holdings.taken  # tokens for guesses
         for group in self.running:
-            if group.buds:
-                self._sprout(group)
+            if group.buds and self._holdings.sprout(group):
+                self._moved = True
             last = group.last
             ready = [b for b in group.branches if min(b.length, last) - b.computed == 1]
             if len(ready) < len(group.branches):
                 behind += [b for b in group.branches if b.todo > 1]
-            if group.beams is not None and (
-                len(ready) < len(group.living) or len(ready) > rows.left
-            ):
-                continue
+            if group.beams is not None and not len(group.living) == len(ready) <= rows.left:
+                continue  # the last tokens of beams are computed in one step
             ready = ready[: rows.left]
             if not self._own(ready, 1, rows):
                 continue
@@ -238,17 +195,32 @@ class Scheduler:
         return behind
 
     def _compute(self, branch: Branch, rows: Rows, crowded: bool) -> None:
-        """A chunk of what a branch lacks."""
+        """A chunk of what a branch lacks, as far as there are pages."""
         group = branch.group
         most = self.options.chunk if crowded and self.options.chunk else rows.left
-        # The last tokens of beams are computed in one step.
         kept = group.beams is not None and len(group.living) > 1
-        self._find(branch)
-        room = self._room(branch)
+        found, room = self._holdings.find(branch), self._holdings.room(branch)
+        self._moved = self._moved or found > 0
         self._short = self._short or not room
+        if not group.again:
+            group.cached += found
+            self._stats.cache_hits += found
         count = min(branch.todo - kept, rows.left, most, room)
         if count > 0 and self._own([branch], count, rows):
             rows.add(branch, count, [])
+
+    def _own(self, branches: list[Branch], count: int, rows: Rows) -> bool:
+        """Have pages that the next `count` tokens may be written to; False: not in this step."""
+        copies: list[Copy] = []
+        for branch in branches:
+            while not self._holdings.extend(branch, branch.computed + count, copies):
+                if self._flying:
+                    self._short = True
+                    return False
+                if self._preempt() is branch.group:
+                    return False
+        rows.copies += copies
+        return True
 
     def _guess(self, branch: Branch, most: int) -> list[int]:
         """What may come next, within the pages that nobody else will miss."""
@@ -256,22 +228,24 @@ class Scheduler:
         if branch.lookup is None:
             branch.lookup = Lookup(group.prompt.tolist() + branch.output)
         room = len(branch.pages) * pages.size - branch.computed
-        if pages.available > self.options.seats - len(self._seats):
+        if pages.available > self._holdings.taken:
             room += pages.size
         most = min(most, branch.guesses, room - 1, group.last - branch.computed - 1)
         guess = branch.lookup.guess(most) if most > 0 else []
         if guess:
-            self._extend(branch, branch.computed + 1 + len(guess), [])
+            self._holdings.extend(branch, branch.computed + 1 + len(guess), [])
         return guess
+
+    # ── Who runs ────────────────────────────────────────────────────────────────────────────────
 
     def _admits(self) -> bool:
         """Whether the first who waits can begin."""
         if self._short or not self._lobby:
             return False
         group = self._lobby.first
-        if group.width > len(self._seats) or (group.suspect and self._suspect):
+        if group.width > len(self._holdings.vacant) or (group.suspect and self._suspect):
             return False
-        if group.preempted >= PREEMPTIONS and self._pinned + group.footprint > self.pages.count:
+        if group.pinned and self._pinned + group.footprint > self.pages.count:
             return False
         return not self.running or self._cost(group) <= self.pages.available
 
@@ -281,18 +255,18 @@ class Scheduler:
         need = sum(-(-b.length // size) - b.fork_at // size for b in group.living)
         if group.request.prompt_logprobs is None and self.pages.caching:
             need -= self.pages.shared(stem.digests((stem.length - 1) // size, size))
-        return need + self.options.seats - len(self._seats) + group.width
+        return need + self._holdings.taken + group.width
 
     def _begin(self, group: Group) -> None:
         self._moved = True
         self._begun.append(group)
         self._lobby.leave(group)
         insort(self.running, group, key=_rank)
-        if group.preempted >= PREEMPTIONS:
+        if group.pinned:
             self._pinned += group.footprint
         if group.suspect:
             self._suspect = group
-        group.seats = [self._seats.pop() for _ in range(group.width)]
+        group.seats = [self._holdings.vacant.pop() for _ in range(group.width)]
         for branch in group.living:
             branch.seat = group.seats.pop()
             self._taken.append(_seat(branch))
@@ -300,99 +274,32 @@ class Scheduler:
             group.started = True
             self._stats.cache_queries += len(group.prompt)
 
-    def _sprout(self, group: Group) -> None:
-        """Let buds whose source is far enough read its pages. Only ever before the group has rows
-        in a step: copies come before all writes, so what is shared must be written already."""
-        size, buds = self.pages.size, []
-        for bud in group.buds:
-            source = bud.source
-            if source is None or source.computed < bud.fork_at:
-                buds.append(bud)
-                continue
-            full = bud.fork_at // size
-            bud.pages = source.pages[: -(-bud.fork_at // size)]
-            bud.chain = bud.chain if len(bud.chain) > full else source.chain[:full]
-            bud.computed, bud.published = bud.fork_at, min(source.published, full)
-            bud.source = None
-            self._moved = True
-            self.pages.share(bud.pages)
-            self._table.put(bud.seat, 0, bud.pages)
-            group.branches.append(bud)
-        group.buds = buds
-        if not buds:
-            group.branches.sort(key=lambda branch: branch.index)
+    def _leave(self, group: Group) -> None:
+        self.running.remove(group)
+        if group.pinned:
+            self._pinned -= group.footprint
+        if self._suspect is group:
+            self._suspect = None
+        self._holdings.release(group.living)
+        self._holdings.vacant += group.seats
+        group.seats, group.forks = [], []
 
-    # ── Pages ───────────────────────────────────────────────────────────────────────────────────
+    def _wait_again(self, group: Group) -> None:
+        """Back to the queue: what is known stays, and all of it is to be computed again."""
+        self._stats.recomputed += sum(branch.computed - branch.fork_at for branch in group.branches)
+        self._leave(group)
+        group.restart()
+        self._lobby.enter(group)
 
-    def _own(self, branches: list[Branch], count: int, rows: Rows) -> bool:
-        """Have pages that the next `count` tokens may be written to; False: not in this step."""
-        copies: list[tuple[int, int, int]] = []
-        for branch in branches:
-            while not self._extend(branch, branch.computed + count, copies):
-                if self._flying:
-                    self._short = True
-                    return False
-                if self._preempt() is branch.group:
-                    return False
-        rows.copies += copies
-        return True
-
-    def _extend(self, branch: Branch, end: int, copies: list[tuple[int, int, int]]) -> bool:
-        """Pages up to `end`, and a copy of the first to be written if others read it too."""
-        pages, size = self.pages, self.pages.size
-        at, slots = divmod(branch.computed, size)
-        if slots and not pages.own(branch.pages[at]):
-            if not pages.available:
-                return False
-            shared, branch.pages[at] = branch.pages[at], pages.take()
-            copies.append((shared, branch.pages[at], slots))
-            pages.drop([shared])
-            self._table.put(branch.seat, at, branch.pages[at : at + 1])
-        while len(branch.pages) * size < end:
-            if not pages.available:
-                return False
-            branch.pages.append(pages.take())
-            self._table.put(branch.seat, len(branch.pages) - 1, branch.pages[-1:])
-        return True
-
-    def _room(self, branch: Branch) -> int:
-        """How many tokens there are pages for."""
-        at, slots = divmod(branch.computed, self.pages.size)
-        copy = bool(slots) and not self.pages.own(branch.pages[at])
-        most = len(branch.pages) + self.pages.available - copy
-        return max(most * self.pages.size - branch.computed, 0)
-
-    def _find(self, branch: Branch) -> None:
-        """Read what others have computed, wherever a page begins.
-
-        At least one token is left to compute, because only that gives something to sample from.
-        Pages hold no log-probabilities: a prompt that wants them is computed again.
-        """
-        size, group, first = self.pages.size, branch.group, len(branch.pages)
-        most = (branch.length - 1) // size
-        if group.request.prompt_logprobs is not None:
-            most = min(most, group.scored // size)
-        if branch.computed != first * size or most <= first or not self.pages.caching:
-            return
-        found = self.pages.match(branch.digests(most, size)[first:most])
-        self._moved = self._moved or bool(found)
-        branch.pages += found
-        branch.published = len(branch.pages)
-        branch.computed = branch.published * size
-        self._table.put(branch.seat, first, found)
-        if not group.again:
-            group.cached += len(found) * size
-            self._stats.cache_hits += len(found) * size
-
-    def _publish(self, branch: Branch, end: int) -> None:
-        """Let others find the pages that an ended step has filled."""
-        size = self.pages.size
-        full = min(end, branch.computed) // size
-        if full > branch.published and branch.pages and self.pages.caching:
-            chain = branch.digests(full, size)
-            for at in range(branch.published, full):
-                self.pages.publish(branch.pages[at], chain[at])
-            branch.published = full
+    def _preempt(self) -> Group:
+        """The newest group gives way."""
+        victim = self.running[-1]
+        if victim.pinned:
+            raise RuntimeError("Pages lack although all groups that run are sure to fit.")
+        self._wait_again(victim)
+        victim.preempted += 1
+        self._stats.preemptions += 1
+        return victim
 
     # ── What the step meant ─────────────────────────────────────────────────────────────────────
 
@@ -407,24 +314,52 @@ class Scheduler:
         reader.scores()
         ended, grown = reader.samples(), reader.beams()
         for branch, end in step.rows:
-            self._publish(branch, end)
+            self._holdings.publish(branch, end)
         for branch in ended:
             self._finish(branch)
         for group, growth in grown:
-            self._regrow(group, growth)
+            if growth.parents:
+                self._holdings.regrow(group, growth.parents, growth.tokens)
+            else:
+                self._conclude(group)
         for group, _ in step.scores:
-            if group.last < len(group.prompt) and len(group.scores) == len(group.prompt):
+            if group.last < len(group.prompt) == len(group.scores):
                 self._end_unsampled(group)
         if self._suspect is not None and self._suspect.event is not None:
             self._suspect.suspect = False
             self._suspect = None
         return self.events()
 
+    def _finish(self, branch: Branch) -> None:
+        """A branch has come to its end, maybe before those that grow out of it could."""
+        group = branch.group
+        if group.over or branch.finish is None:
+            return
+        if group.buds:
+            self._holdings.sprout(group)
+        group.branches.remove(branch)
+        self._holdings.release([branch])
+        if not group.living:
+            self._end(group, branch.finish)
+
+    def _conclude(self, group: Group) -> None:
+        """A beam search has stopped."""
+        answers = group.beams.answers if group.beams else []
+        if answers:
+            self._end(group, "length" if answers[0].stop is None else "stop")
+        else:
+            self._end(group, "error", Failed("The masks leave this search no token at all."))
+
+    def _end_unsampled(self, group: Group) -> None:
+        for index in range(group.request.n):
+            self._outbox.choice(group, index).finish = "length"
+        self._end(group, "length")
+
     def failed(self, reason: str) -> list[Event]:
         """The oldest step in flight raised: what it and those after it computed is not used.
 
-        Everyone waits again, once; of those who fail twice, the first time's suspects are tried
-        one at a time, so that in the end only the one whose doing it is fails.
+        Everyone waits again, once. Those who were in it are suspects until a step with them goes
+        well, and only one of them runs at a time; a second failure is the doing of that one.
         """
         steps, self._flying = self._flying, deque()
         for _ in steps:
@@ -446,57 +381,6 @@ class Scheduler:
         """What happened since the last time, one event a request."""
         return self._outbox.take()
 
-    def _finish(self, branch: Branch) -> None:
-        """A branch has come to its end, maybe before those that grow out of it could."""
-        group = branch.group
-        if group.over or branch.finish is None:
-            return
-        if group.buds:
-            self._sprout(group)
-        group.branches.remove(branch)
-        self._release(branch)
-        if not group.living:
-            self._end(group, branch.finish)
-
-    def _end_unsampled(self, group: Group) -> None:
-        for index in range(group.request.n):
-            self._outbox.choice(group, index).finish = "length"
-        self._end(group, "length")
-
-    def _regrow(self, group: Group, grown: Grown) -> None:
-        """The beams of the next step: each reads its parent's pages, and writes its own."""
-        assert group.beams is not None
-        if group.over:
-            return
-        if group.beams.done:
-            best = group.beams.answers[0]
-            self._end(group, "length" if best.stop is None else "stop")
-            return
-        old = group.branches
-        group.branches = [
-            _child(old[row], rank, token)
-            for rank, (row, token) in enumerate(zip(grown.parents, grown.tokens, strict=True))
-        ]
-        for child in group.branches:
-            self.pages.share(child.pages)
-        for parent in old:
-            self.pages.drop(reversed(parent.pages))
-        self._reseat(group, old, grown.parents)
-
-    def _reseat(self, group: Group, old: list[Branch], parents: list[int]) -> None:
-        """A parent's first child stays on its seat; the others take a copy of what is there."""
-        heirs = dict(zip(reversed(parents), reversed(group.branches), strict=True))
-        for row, parent in enumerate(old):
-            if row in heirs:
-                heirs[row].seat = parent.seat
-            else:
-                group.seats.append(parent.seat)
-        for row, child in zip(parents, group.branches, strict=True):
-            if child.seat < 0:
-                child.seat = group.seats.pop()
-                group.forks.append((old[row].seat, child.seat))
-                self._table.put(child.seat, 0, child.pages)
-
     # ── Numbers ─────────────────────────────────────────────────────────────────────────────────
 
     @property
@@ -512,17 +396,13 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise unless pages, seats and queue agree with the groups that exist."""
-        branches = [branch for group in self.running for branch in group.living]
-        self.pages.check(branch.pages for branch in branches)
-        seats = self._seats + [s for group in self.running for s in group.seats]
-        if sorted(seats + [branch.seat for branch in branches]) != list(range(self.options.seats)):
-            raise RuntimeError("A seat is lost, or taken twice.")
+        self._holdings.check(self.running)
         if len(self.running) + len(self._lobby) != len(self._groups):
             raise RuntimeError("A request is lost between the queue and the steps.")
 
 
 def _rank(group: Group) -> tuple[bool, float, int]:
-    return group.preempted < PREEMPTIONS, group.key, group.number
+    return not group.pinned, group.key, group.number
 
 
 def _seat(branch: Branch) -> Seat:
@@ -530,23 +410,6 @@ def _seat(branch: Branch) -> Seat:
     back = sampling.looks_back
     prompt, output = (group.prompt.tolist(), list(branch.output)) if back else ([], [])
     return Seat(branch.seat, sampling, branch.index, prompt, output, len(group.prompt))
-
-
-def _child(parent: Branch, rank: int, token: int) -> Branch:
-    child = Branch(
-        group=parent.group,
-        index=rank,
-        text=parent.text.fork(),
-        length=parent.length + 1,
-        computed=parent.computed,
-        output=[*parent.output, token],
-        pages=list(parent.pages),
-        published=parent.published,
-        chain=list(parent.chain),
-    )
-    if parent.group.request.stop:
-        child.text.push(token)
-    return child
 
 
 def _count(counts: dict[str, int], key: str) -> None:

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 from model.batch import Batch
 from server.engine import group as group_module
-from server.engine.beam_group import Grown
 from server.engine.group import Branch, Group
+from server.engine.holdings import Copy, Holdings
 from server.engine.lobby import Lobby
 from server.engine.pages import Pages, link, root
 from server.engine.reader import Reader
@@ -52,7 +52,7 @@ def publish_before_write() -> AbstractContextManager[Any]:
         if batch is not None:
             for branch, end in self._flying[-1].rows:
                 if end <= len(branch.group.prompt):
-                    self._publish(branch, end)
+                    self._holdings.publish(branch, end)
         return batch
 
     return patch.object(Scheduler, "schedule", schedule)
@@ -64,9 +64,9 @@ def no_copy_on_write() -> AbstractContextManager[Any]:
 
 def forget_beam_fork() -> AbstractContextManager[Any]:
     """A beam's second child does not count as a reader."""
-    plain = Scheduler._regrow
+    plain = Holdings.regrow
 
-    def regrow(self: Scheduler, group: Group, grown: Grown) -> None:
+    def regrow(self: Holdings, group: Group, parents: list[int], tokens: list[int]) -> None:
         share, seen = self.pages.share, set[int]()
 
         def once(pages: list[int]) -> None:
@@ -75,9 +75,9 @@ def forget_beam_fork() -> AbstractContextManager[Any]:
                 share(pages)
 
         with patch.object(self.pages, "share", once):
-            plain(self, group, grown)
+            plain(self, group, parents, tokens)
 
-    return patch.object(Scheduler, "_regrow", regrow)
+    return patch.object(Holdings, "regrow", regrow)
 
 
 def last_come_first_served() -> AbstractContextManager[Any]:
@@ -114,12 +114,12 @@ def emit_after_finish() -> Iterator[None]:
 
 def off_by_one_last_page() -> AbstractContextManager[Any]:
     """A page is taken one token too late."""
-    plain = Scheduler._extend
+    plain = Holdings.extend
 
-    def extend(self: Scheduler, branch: Branch, end: int, copies: list[Any]) -> bool:
+    def extend(self: Holdings, branch: Branch, end: int, copies: list[Copy]) -> bool:
         return plain(self, branch, end - 1 if end % self.pages.size == 1 else end, copies)
 
-    return patch.object(Scheduler, "_extend", extend)
+    return patch.object(Holdings, "extend", extend)
 
 
 def hash_without_parent() -> AbstractContextManager[Any]:

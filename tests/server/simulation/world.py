@@ -401,7 +401,7 @@ class World:
         waiting = waiting_in(self.engine)
         lobby = scheduler._lobby
         hold(lobby._tokens == sum(g.tokens for g in waiting), "I15", "tokens that wait")
-        pinned = sum(group.footprint for group in scheduler.running if group.preempted >= 3)
+        pinned = sum(group.footprint for group in scheduler.running if group.pinned)
         hold(scheduler._pinned == pinned, "I15", "pages of pinned groups")
         hold(stats.waiting == len(waiting), "I15", "waiting")
         hold(stats.running == len(scheduler.running), "I15", "running")
