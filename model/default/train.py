@@ -20,11 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,6 +42,8 @@ from model.families import FAMILIES
 
 Ids = npt.NDArray[np.uint16]
 WORK = HERE.parents[1] / ".cache" / "default"
+CHECKPOINT = "checkpoint.safetensors"
+TENSOR = "tensor"  # in the checkpoint's JSON: the name of what lies beside it
 
 
 @dataclass(frozen=True)
@@ -295,9 +300,11 @@ class Run:
             "tokens": self.tokens,
             "curve": self.curve,
         }
+        tensors: dict[str, Tensor] = {}
+        plain = json.dumps(_without_tensors(state, "", tensors))
         unfinished = self.work / "checkpoint.new"
-        torch.save(state, unfinished)
-        unfinished.replace(self.work / "checkpoint.pt")
+        save_file(tensors, unfinished, {"state": plain})
+        unfinished.replace(self.work / CHECKPOINT)
         write_curve(self.curve, self.work)
 
     def ship(self, folder: Path) -> None:
@@ -307,10 +314,11 @@ class Run:
         draw_curve(self.curve, folder / "loss.png")
 
     def resume(self) -> None:
-        state = torch.load(self.work / "checkpoint.pt", map_location=self.device)
-        if state["recipe"] != asdict(self.recipe):
+        with safe_open(self.work / CHECKPOINT, "pt", device=str(self.device)) as file:
+            state = _with_tensors(json.loads(file.metadata()["state"]), file)
+        if state["recipe"] != json.loads(json.dumps(asdict(self.recipe))):
             raise ValueError(
-                f"{self.work / 'checkpoint.pt'} was made by another recipe; "
+                f"{self.work / CHECKPOINT} was made by another recipe; "
                 "move it away, or train without --resume"
             )
         self.decoder.load_state_dict(state["decoder"])
@@ -321,6 +329,32 @@ class Run:
         for name in ("step", "seconds", "tokens", "curve"):
             setattr(self, name, state[name])
         self._follow()
+
+
+def _without_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON can hold it; what is a tensor stays behind, under its path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().contiguous().clone()
+        return {TENSOR: path}
+    if isinstance(value, dict):
+        pairs = [
+            (key, _without_tensors(one, f"{path}/{key}", tensors)) for key, one in value.items()
+        ]
+        return {"pairs": [list(pair) for pair in pairs]}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(one, f"{path}/{i}", tensors) for i, one in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, file: Any) -> Any:
+    """The way back: keys are what they were, numbers too."""
+    if isinstance(value, list):
+        return [_with_tensors(one, file) for one in value]
+    if isinstance(value, dict):
+        if TENSOR in value:
+            return file.get_tensor(value[TENSOR])
+        return {key: _with_tensors(one, file) for key, one in value["pairs"]}
+    return value
 
 
 def held_out_loss(decoder: Decoder, ids: Ids) -> float:
