@@ -4,6 +4,7 @@ A row may write only pages that nobody else reads and nobody can find. So a bran
 last, half-filled page copies it before it goes on; the last one to do so keeps the original.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -55,23 +56,30 @@ class Holdings:
                 self.vacant.append(branch.seat)
             branch.pages, branch.seat = [], -1
 
-    def extend(self, branch: Branch, end: int, copies: list[Copy]) -> bool:
-        """Own pages up to position `end`; False if there are not enough, with what there was."""
+    def need(self, branches: list[Branch], count: int) -> int:
+        """How many pages it takes until all of these own those of their next `count` tokens."""
+        need, shared = 0, Counter[int]()
+        for branch in branches:
+            at, slots = divmod(branch.computed, self.pages.size)
+            need += max(at - (-(slots + count) // self.pages.size) - len(branch.pages), 0)
+            if slots and not self.pages.own(branch.pages[at]):
+                shared[branch.pages[at]] += 1
+        return need + sum(n - self.pages.own(page, readers=n) for page, n in shared.items())
+
+    def extend(self, branch: Branch, end: int) -> list[Copy]:
+        """Own pages up to position `end`, of which there are enough; what is to be copied."""
         pages, size = self.pages, self.pages.size
         at, slots = divmod(branch.computed, size)
+        copies: list[Copy] = []
         if slots and not pages.own(branch.pages[at]):
-            if not pages.available:
-                return False
             shared, branch.pages[at] = branch.pages[at], pages.take()
             copies.append((shared, branch.pages[at], slots))
             pages.drop([shared])
             self.table.put(branch.seat, at, branch.pages[at : at + 1])
         while len(branch.pages) * size < end:
-            if not pages.available:
-                return False
             branch.pages.append(pages.take())
             self.table.put(branch.seat, len(branch.pages) - 1, branch.pages[-1:])
-        return True
+        return copies
 
     def room(self, branch: Branch) -> int:
         """How many tokens there are pages for."""

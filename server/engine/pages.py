@@ -125,9 +125,9 @@ class Pages:
         else:
             self._idle[page] = None
 
-    def own(self, page: int) -> bool:
-        """Whether the only reader may write it."""
-        return self._references[page] == 1 and self._digest[page] is None
+    def own(self, page: int, readers: int = 1) -> bool:
+        """Whether nobody else can read it; a single reader may then write it."""
+        return self._references[page] == readers and self._digest[page] is None
 
     def publish(self, page: int, digest: bytes) -> None:
         """Let others find a full page. Of two with equal contents the first stays the known one."""

@@ -27,7 +27,7 @@ from server.engine.admission import Options
 from server.engine.beam_group import BeamGroup
 from server.engine.drafts import Lookup
 from server.engine.group import Branch, Group
-from server.engine.holdings import Copy, Holdings
+from server.engine.holdings import Holdings
 from server.engine.lobby import Lobby
 from server.engine.outbox import Outbox
 from server.engine.pages import Pages
@@ -186,7 +186,7 @@ class Scheduler:
             if group.beams is not None and not len(group.living) == len(ready) <= rows.left:
                 continue  # the last tokens of beams are computed in one step
             ready = ready[: rows.left]
-            if not self._own(ready, 1, rows):
+            if not ready or not self._own(ready, 1, rows):
                 continue
             for branch in ready:
                 guess = self._guess(branch, spare) if group.draft and spare > 0 else []
@@ -211,15 +211,15 @@ class Scheduler:
 
     def _own(self, branches: list[Branch], count: int, rows: Rows) -> bool:
         """Have pages that the next `count` tokens may be written to; False: not in this step."""
-        copies: list[Copy] = []
+        most = len(branches) * (2 + count // self.pages.size)
+        while most > self.pages.available < self._holdings.need(branches, count):
+            if self._flying:
+                self._short = True
+                return False
+            if self._preempt() is branches[0].group:
+                return False
         for branch in branches:
-            while not self._holdings.extend(branch, branch.computed + count, copies):
-                if self._flying:
-                    self._short = True
-                    return False
-                if self._preempt() is branch.group:
-                    return False
-        rows.copies += copies
+            rows.copies += self._holdings.extend(branch, branch.computed + count)
         return True
 
     def _guess(self, branch: Branch, most: int) -> list[int]:
@@ -233,7 +233,7 @@ class Scheduler:
         most = min(most, branch.guesses, room - 1, group.last - branch.computed - 1)
         guess = branch.lookup.guess(most) if most > 0 else []
         if guess:
-            self._holdings.extend(branch, branch.computed + 1 + len(guess), [])
+            self._holdings.extend(branch, branch.computed + 1 + len(guess))
         return guess
 
     # ── Who runs ────────────────────────────────────────────────────────────────────────────────

@@ -59,7 +59,7 @@ def publish_before_write() -> AbstractContextManager[Any]:
 
 
 def no_copy_on_write() -> AbstractContextManager[Any]:
-    return patch.object(Pages, "own", lambda self, page: True)
+    return patch.object(Pages, "own", lambda self, page, readers=1: True)
 
 
 def forget_beam_fork() -> AbstractContextManager[Any]:
@@ -116,8 +116,8 @@ def off_by_one_last_page() -> AbstractContextManager[Any]:
     """A page is taken one token too late."""
     plain = Holdings.extend
 
-    def extend(self: Holdings, branch: Branch, end: int, copies: list[Copy]) -> bool:
-        return plain(self, branch, end - 1 if end % self.pages.size == 1 else end, copies)
+    def extend(self: Holdings, branch: Branch, end: int) -> list[Copy]:
+        return plain(self, branch, end - 1 if end % self.pages.size == 1 else end)
 
     return patch.object(Holdings, "extend", extend)
 
