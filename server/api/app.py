@@ -1,7 +1,10 @@
 """The application: routes, errors, and the door around them."""
 
+from pathlib import Path
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from server.api import admin, embeddings, generate, tokens
@@ -12,6 +15,7 @@ from server.api.replies import on_bug, on_http_error, on_kvist_error
 from server.errors import KvistError
 from server.version import VERSION
 
+WEB = Path(__file__).parents[1] / "web"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -35,4 +39,6 @@ def build(front: Front) -> ASGIApp:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_bug)
     describe(app)
+    if shown and WEB.is_dir() and any(WEB.glob("*.html")):
+        app.mount("/playground", StaticFiles(directory=WEB, html=True))
     return Door(app, front)
