@@ -57,7 +57,7 @@ def _tile(
         page = tl.load(table + n // PAGE, mask=n < end, other=0).to(tl.int64)
         slot = (page * KV_HEADS + head) * PAGE + n % PAGE
     k = tl.load(keys + slot[None, :] * DIM + d[:, None], mask=d[:, None] < DIM, other=0.0)
-    logits = tl.dot(q, _widen(k, q.dtype), input_precision="tf32x3") * inner
+    logits = tl.dot(q, _widen(k, q.dtype), input_precision="ieee") * inner
     if key_scales is not None:
         logits *= tl.load(key_scales + slot)[None, :]
     if SOFTCAP:
@@ -80,7 +80,7 @@ def _tile(
     if value_scales is not None:
         weights *= tl.load(value_scales + slot, mask=n < end, other=0)[None, :]
     acc = tl.dot(
-        weights.to(q.dtype), _widen(v, q.dtype), acc * fade[:, None], input_precision="tf32x3"
+        weights.to(q.dtype), _widen(v, q.dtype), acc * fade[:, None], input_precision="ieee"
     )
     return higher, total, acc
 
@@ -365,40 +365,42 @@ CONFIGS: dict[tuple[str, int, int], Config] = {
     ("short", 64, 1): Config(16, 64, 4, 3),
     ("short", 128, 1): Config(16, 64, 4, 3),
     ("short", 256, 1): Config(16, 32, 4, 3),
-    ("short", 64, 4): Config(16, 16, 4, 2),
-    ("short", 128, 4): Config(16, 16, 4, 2),
-    ("short", 256, 4): Config(16, 16, 16, 2),
     ("long", 64, 2): Config(128, 64, 8, 3),
     ("long", 128, 2): Config(128, 32, 8, 3),
     ("long", 256, 2): Config(64, 32, 8, 2),
     ("long", 64, 1): Config(128, 64, 8, 3),
     ("long", 128, 1): Config(128, 32, 8, 3),
     ("long", 256, 1): Config(64, 32, 8, 2),
-    ("long", 64, 4): Config(32, 32, 8, 2),
-    ("long", 128, 4): Config(16, 16, 4, 2),
-    ("long", 256, 4): Config(16, 16, 8, 2),
     ("shared", 64, 2): Config(64, 64, 4, 3),
     ("shared", 128, 2): Config(64, 32, 4, 3),
     ("shared", 256, 2): Config(64, 32, 8, 2),
     ("shared", 64, 1): Config(64, 64, 8, 3),
     ("shared", 128, 1): Config(64, 32, 4, 3),
     ("shared", 256, 1): Config(64, 32, 8, 2),
-    ("shared", 64, 4): Config(32, 16, 4, 2),
-    ("shared", 128, 4): Config(16, 16, 4, 2),
-    ("shared", 256, 4): Config(16, 16, 8, 2),
 }
+EXACT = Config(16, 16, 4, 2)  # float32, without tensor cores
+
 # Where an architecture differs. wgmma keeps K and V out of registers, so sm_90 takes longer steps.
 BY_ARCH: dict[tuple[int, str, int, int], Config] = {
     (90, "long", 128, 2): Config(128, 64, 8, 3),
     (90, "shared", 128, 2): Config(64, 64, 4, 3),
+    (120, "shared", 64, 2): Config(64, 32, 4, 3),
+}
+
+# Where slopes, or a group that is no power of two, take the registers that were left.
+TIGHT: dict[tuple[int, str, int, int], Config] = {
+    (80, "long", 128, 2): Config(64, 32, 8, 3),
 }
 
 MOST_ROWS_SHORT = 32  # of queries × group; more are better off in `_long`
 
 
-def configure(arch: int, kind: str, dim: int, bytes_: int) -> Config:
+def configure(arch: int, kind: str, dim: int, bytes_: int, tight: bool) -> Config:
     key = kind, max(64, _power(dim)), bytes_
-    return BY_ARCH.get((arch, *key)) or CONFIGS[key]
+    if bytes_ == 4:
+        return EXACT
+    found = BY_ARCH.get((arch, *key)) or CONFIGS[key]
+    return TIGHT.get((arch, *key), found) if tight else found
 
 
 def attention_triton(
@@ -451,10 +453,13 @@ def attention_triton(
         "slots": slots,
     }
 
+    width = 4 if query.element_size() == 4 else keys.element_size()
+    tight = slopes is not None or group != _power(group)
+
     def sizes_of(kind: str, least: int) -> dict[str, int]:
         if kind == "short" and least > MOST_ROWS_SHORT:
             kind = "shared"  # a wide group: tiles of this shape, and nothing to search
-        config = configure(device.arch, kind, dim, keys.element_size())
+        config = configure(device.arch, kind, dim, width, tight)
         size = {"ROWS": max(config.rows, least), "BLOCK": config.block}
         return size | {"num_warps": config.warps, "num_stages": config.stages}
 

@@ -59,8 +59,21 @@ ATTENTION = (
     _bf16(71, 1, 64),  # Falcon 7B
 )
 
+PAGES = (
+    BF16,
+    replace(BF16, normed=True),  # Qwen 3
+    replace(BF16, page_dtype=torch.int8),
+    replace(BF16, page_dtype=torch.float8_e4m3fn, normed=True),
+    _bf16(12, 12, 64, turned=0),  # GPT-2
+    _bf16(32, 32, 80, turned=32),  # Phi-2
+    _bf16(16, 16, 256, turned=64, interleaved=True),  # GPT-J
+    Probe(CPU, torch.float32),
+)
+
 VARIANTS: dict[str, Variants] = {
     "attention": Variants(ATTENTION, copies=True),
+    "store": Variants(PAGES),
+    "copy_pages": Variants((BF16, replace(BF16, page_dtype=torch.int8), _bf16(32, 32, 80))),
     "linear": Variants(copies=True),
     "sample": Variants(copies=True),
 }
