@@ -3,9 +3,6 @@
 from typing import Any
 
 from server.config import Settings
-from server.errors import SettingError
-
-NOT_YET = {"quantize": ("int4", "fp8"), "kv_dtype": ("fp8", "int8")}
 
 PLAIN = (
     *("model", "dtype", "quantize", "context", "device", "kernels", "threads", "memory", "pages"),
@@ -15,9 +12,6 @@ PLAIN = (
 
 def engine_options(settings: Settings) -> dict[str, Any]:
     """The arguments of `server.engine.build.build`."""
-    for name, values in NOT_YET.items():
-        if (value := getattr(settings, name)) in values:
-            raise SettingError(f"{name} {value} is not served yet; see --help for what is.")
     given = {name: getattr(settings, name) for name in PLAIN}
     limits = settings.limits
     return given | {

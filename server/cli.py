@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from server.config import Settings
-from server.errors import SettingError
+from server.errors import KvistError
 from server.options import GROUPS, add_flags, options, settings
 from server.version import VERSION
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         status: int = said.run(said)
-    except SettingError as error:
+    except KvistError as error:
         print(f"kvist: {error.message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -84,8 +84,13 @@ def _serve(said: argparse.Namespace) -> int:
 
 def _add_generate(commands: Any) -> None:
     made = _command(
-        commands, "generate", "PROMPT [options]", "continue one text on the terminal", _generate
+        commands,
+        "generate",
+        "[MODEL] PROMPT [options]",
+        "continue one text on the terminal",
+        _generate,
     )
+    add_flags(made, ENGINE, positional=True)
     made.add_argument("prompt", help="the text to go on from")
     wish = made.add_argument_group("wish", "what is asked")
     for name, kind, about in (
@@ -100,7 +105,6 @@ def _add_generate(commands: Any) -> None:
     ):
         wish.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=about)
     wish.add_argument("--stop", action="append", default=argparse.SUPPRESS, help="end before it")
-    add_flags(made, ENGINE)
 
 
 def _generate(said: argparse.Namespace) -> int:

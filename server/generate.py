@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass
-from typing import TextIO
 
 from model.sampling import Sampling
 from server.blueprint import engine_options
@@ -26,7 +25,7 @@ class Wish:
     stop: tuple[str, ...] = ()
 
 
-def run(settings: Settings, prompt: str, wish: Wish, out: TextIO = sys.stdout) -> int:
+def run(settings: Settings, prompt: str, wish: Wish) -> int:
     engine = Engine(**engine_options(settings))
     ends = engine.parts.eos
     sampling = Sampling(
@@ -48,13 +47,13 @@ def run(settings: Settings, prompt: str, wish: Wish, out: TextIO = sys.stdout) -
         stop=wish.stop,
     )
     engine.submit(request)
-    print(prompt, end="", file=out, flush=True)
+    print(prompt, end="", flush=True)
     while not engine.idle:
         for event in engine.step():
             if event.error:
                 print(f"\n{event.error}", file=sys.stderr)
                 return 1
             for choice in event.choices:
-                print(choice.text, end="", file=out, flush=True)
-    print(file=out)
+                print(choice.text, end="", flush=True)
+    print()
     return 0
