@@ -96,6 +96,21 @@ def test_keys_stay_secret(tmp_path: Path) -> None:
     assert Keys(None).check(None) == ""
 
 
+def test_sighup_takes_new_keys_or_keeps_the_old(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("old")
+    keys = Keys(path)
+    path.write_text("new")
+    server.serve._rotate(keys)
+    assert keys.check("Bearer new")
+    path.unlink()
+    server.serve._rotate(keys)
+    assert keys.check("Bearer new")
+    assert "stay as they were" in caplog.text
+
+
 @pytest.mark.parametrize("formatter", [Json(), Text()])
 def test_a_log_line_is_one_line(formatter: logging.Formatter) -> None:
     """T57"""

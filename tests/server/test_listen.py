@@ -2,11 +2,15 @@
 
 import json
 import re
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,6 +251,24 @@ def test_ports_can_be_asked_again_at_once() -> None:
 
     with bind("127.0.0.1", port) as again:
         assert again.getsockname()[1] == port
+
+
+def test_tls(tmp_path: Path) -> None:
+    """With a certificate the port speaks TLS, and nothing else."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("there is no openssl to make a certificate with")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    flags = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", str(key), "-out", str(cert)]
+    subprocess.run([openssl, *flags.split(), *names, *files], check=True, capture_output=True)
+    context = ssl.create_default_context(cafile=str(cert))
+    with running(Settings(tls_cert=cert, tls_key=key, shutdown_timeout=5)) as rig:
+        with rig.connect() as plain, context.wrap_socket(plain, server_hostname="127.0.0.1") as one:
+            one.sendall(GET + b"connection: close\r\n\r\n")
+            assert answers(one.recv(4096)) == [200]
+        assert answers(rig.raw(GET + b"\r\n")) == []
 
 
 def until(true: Any, seconds: float = 8) -> None:

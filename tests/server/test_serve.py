@@ -270,7 +270,7 @@ def test_a_taken_port_is_said_before_anything_is_loaded(running: Process) -> Non
         (["--prot", "1"], 2, "unrecognized arguments: --prot"),
         (["--port", "many"], 2, "--port is 'many'"),
         (["--api-keys", "/nowhere/keys"], 1, "/nowhere/keys cannot be read"),
-        (["--quantize", "fp8"], 1, "fp8"),
+        (["--quantize", "fp8"], 2, "fp8"),
     ],
 )
 def test_bad_starts_are_one_line(arguments: list[str], status: int, says: str) -> None:
