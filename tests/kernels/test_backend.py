@@ -1,5 +1,7 @@
 """What decides which way a kernel runs, and the trust that it is checked for."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -130,3 +132,22 @@ def test_kernels_are_defined_without_triton() -> None:
     assert absent.jit(double) is double
     assert absent.constexpr.anything is absent
     assert absent.jit(do_not_specialize=["x"])(double) is double
+
+
+def test_everything_runs_without_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+from importlib import import_module
+from pathlib import Path
+import torch, kernels
+for file in Path(kernels.__file__).parent.glob("*.py"):
+    import_module(f"kernels.{file.stem}")
+from kernels.backend import HAS_TRITON, KERNELS, Probe, verify
+assert not HAS_TRITON and KERNELS
+assert {choice.way for choice in verify(Probe(torch.device("cpu")))} <= {"torch", "native"}
+for kernel in KERNELS.values():
+    for trial in kernel.trial(Probe(torch.device("cpu"))):
+        kernel(*trial.args, **trial.kwargs)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
