@@ -92,8 +92,7 @@ class Group:
     told: bool = False  # it had an event
     over: bool = False  # it had its last
     preempted: int = 0
-    failures: int = 0  # steps with it that raised
-    suspect: bool = False  # one raised, and none went well since
+    suspect: bool = False  # a step with it raised, and nothing good came of it since
     event: Event | None = None  # of the step that is being read
 
     def __post_init__(self) -> None:
@@ -130,6 +129,12 @@ class Group:
         """How many seats it takes."""
         beams = self.request.beams
         return beams.width if beams else len(self.living)
+
+    @property
+    def missing(self) -> int:
+        """Tokens that it has to compute, each distinct one once."""
+        known = sum(branch.length - branch.computed for branch in self.branches)
+        return known + sum(bud.length - bud.fork_at for bud in self.buds)
 
     @property
     def needs_nothing(self) -> bool:

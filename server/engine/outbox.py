@@ -10,6 +10,9 @@ class Outbox:
         self._events: list[Event] = []
         self._groups: list[Group] = []  # whose event is open
 
+    def __len__(self) -> int:
+        return len(self._events)
+
     def take(self) -> list[Event]:
         """Close the events and give them out."""
         for group in self._groups:

@@ -1,5 +1,7 @@
 """What a step's output means: tokens, text, log-probabilities, and who has come to an end."""
 
+import numpy as np
+
 from model.batch import Floats, Ints, Output
 from server.engine.beam import Ending
 from server.engine.beam_group import Grown
@@ -20,11 +22,16 @@ class Reader:
         self._tokens: list[int] = output.tokens.tolist()
 
     def bad(self) -> list[Group]:
-        """Whose rows were not numbers."""
-        if not self._output.bad.any():
-            return []
-        rows = zip(self._step.rows, self._output.bad.tolist(), strict=True)
-        return list(dict.fromkeys(branch.group for (branch, _), bad in rows if bad))
+        """Whose rows, or candidates, were not numbers."""
+        output, step = self._output, self._step
+        found: dict[Group, None] = {}
+        if output.bad.any():
+            rows = zip(step.rows, output.bad.tolist(), strict=True)
+            found |= dict.fromkeys(branch.group for (branch, _), bad in rows if bad)
+        for group, at in step.beams:
+            if np.isnan(output.beam_logprobs[at : at + len(group.branches)]).any():
+                found[group] = None
+        return list(found)
 
     def scores(self) -> None:
         """Prompts' log-probabilities, as far as this step found them."""

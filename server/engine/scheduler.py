@@ -35,7 +35,7 @@ from server.engine.reader import Reader
 from server.engine.request import Event, Finish, Request, Stats
 from server.engine.rows import Rows, Step
 from server.engine.text import Silent, Text
-from server.errors import Duplicate, Failed, KvistError, NumericalError, StepFailed
+from server.errors import Duplicate, KvistError, NumericalError, StepFailed
 
 ANY = 2**31 - 1  # ids, if nobody says how many there are
 
@@ -286,9 +286,10 @@ class Scheduler:
 
     def _wait_again(self, group: Group) -> None:
         """Back to the queue: what is known stays, and all of it is to be computed again."""
-        self._stats.recomputed += sum(branch.computed - branch.fork_at for branch in group.branches)
+        before = group.missing
         self._leave(group)
         group.restart()
+        self._stats.recomputed += group.missing - before
         self._lobby.enter(group)
 
     def _preempt(self) -> Group:
@@ -344,11 +345,8 @@ class Scheduler:
 
     def _conclude(self, group: Group) -> None:
         """A beam search has stopped."""
-        answers = group.beams.answers if group.beams else []
-        if answers:
-            self._end(group, "length" if answers[0].stop is None else "stop")
-        else:
-            self._end(group, "error", Failed("The masks leave this search no token at all."))
+        assert group.beams is not None
+        self._end(group, "length" if group.beams.answers[0].stop is None else "stop")
 
     def _end_unsampled(self, group: Group) -> None:
         for index in range(group.request.n):
@@ -358,19 +356,20 @@ class Scheduler:
     def failed(self, reason: str) -> list[Event]:
         """The oldest step in flight raised: what it and those after it computed is not used.
 
-        Everyone waits again, once. Those who were in it are suspects until a step with them goes
-        well, and only one of them runs at a time; a second failure is the doing of that one.
+        Everyone waits again. Those who were in it are suspects until something good comes of them,
+        and only one of them runs at a time: if a step with a suspect raises, it is the suspect's
+        doing. So one request's failure stays its own, and there are at most as many as requests.
         """
         steps, self._flying = self._flying, deque()
         for _ in steps:
             self.pages.ended()
         self._stats.retries += 1
-        blamed = steps[0].groups()
-        for group in [group for group in blamed if group.suspect] or blamed:
-            group.failures += 1
-            group.suspect = True
-            if group.failures > 1:
-                self._end(group, "error", StepFailed(f"A step raised twice: {reason}"))
+        present = steps[0].groups()
+        if self._suspect in present:
+            self._end(self._suspect, "error", StepFailed(f"A step raised twice: {reason}."))
+        else:
+            for group in present:
+                group.suspect = True
         for group in dict.fromkeys(group for s in steps for group in s.groups() + s.begun):
             if group in self.running:
                 self._wait_again(group)
@@ -385,7 +384,8 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self._groups and not self._flying
+        """Nothing runs or waits, and everything was said."""
+        return not self._groups and not self._flying and not self._outbox
 
     @property
     def stats(self) -> Stats:
