@@ -12,10 +12,12 @@ import time
 from dataclasses import asdict
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from benchmarks import harness, limits
 from model.cache import Cache
+from model.device import cores
 from model.sampling import Sampling
 from server import Engine
 from server.engine.request import Request
@@ -59,10 +61,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--quantize", choices=["none", "int8"], default="none")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads or cores())
+    ceiling = limits.measure(3)
     engine = Engine(
         options.model, threads=options.threads, quantize=options.quantize, prefix_cache=False
     )
-    ceiling = limits.measure(3)
     read, used = weights(engine)
     config = engine.parts.ready.config
     cache = engine.parts.ready.runner.cache

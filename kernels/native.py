@@ -96,10 +96,26 @@ def _compile(compiler: str, target: Path) -> None:
         os.replace(built, target)
 
 
-def _call(name: str, *args: Tensor | float | None) -> None:
+# Products worth another thread. Who waits for a thread waits for its turn on a busy machine: small
+# networks are ten times as fast with one thread there, and hardly slower on a quiet one.
+GRAIN = 17 << 20
+READING = 16  # fewer rows than these take as long, since the weights must be read anyway
+
+
+_threads = 1
+
+
+def use_threads(count: int) -> None:
+    """How many these kernels may take; torch's own operations are told by torch."""
+    global _threads
+    _threads = count
+
+
+def _call(name: str, work: int, *args: Tensor | float | None) -> None:
     """A function of the library: tensors go as addresses, and threads come last."""
     plain = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-    getattr(library(), name)(*plain, torch.get_num_threads())
+    threads = min(_threads, 1 + work // GRAIN)
+    getattr(library(), name)(*plain, threads)
 
 
 # ── products ──────────────────────────────────────────────────────────────────────────────────
@@ -145,15 +161,16 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     x = x.reshape(-1, weight.inner).contiguous()
     y = torch.empty(len(x), weight.out)
     sizes = len(x), weight.inner, weight.out
+    work = max(len(x), READING) * weight.inner * weight.out
     if weight.scales is not None:
         rounded = torch.empty(len(x), -(-weight.inner // 4) * 4, dtype=torch.uint8)
         row_scales = torch.empty(len(x))
         tables = weight.values, weight.scales, weight.sums
-        _call("linear_int8", x, *tables, bias, y, rounded, row_scales, *sizes)
+        _call("linear_int8", work, x, *tables, bias, y, rounded, row_scales, *sizes)
     elif weight.values.dtype == torch.bfloat16:
-        _call("linear_bf16", x, weight.values, bias, y, *sizes)
+        _call("linear_bf16", work, x, weight.values, bias, y, *sizes)
     else:
-        _call("linear_f32", x, weight.values, bias, y, *sizes)
+        _call("linear_f32", work, x, weight.values, bias, y, *sizes)
     return y.view(shape)
 
 
@@ -189,8 +206,10 @@ def attention(
     table = page_table.contiguous()
     where = starts, lengths, table
     sizes = len(lengths), table.shape[1], heads, kv_heads, dim, page, window
+    work = 16 * int(lengths.max()) * query.numel()
     _call(
         "attention_f32",
+        work,
         *(query.contiguous(), keys, values, *where, sinks, slopes, out, *sizes, scale, softcap),
     )
     return out
@@ -219,6 +238,7 @@ def store(
     pairs = 0 if table is None else table.shape[1] // 2
     _call(
         "store_f32",
+        query.numel() * 64,
         *(query, key, value, keys, values, slots, table, at, query_norm, key_norm, out, tokens),
         *(*steps, heads, keys.shape[1], dim, keys.shape[2], pairs, eps, int(interleaved)),
     )
@@ -235,7 +255,7 @@ def norm(
     x = x.contiguous()
     y, total = torch.empty_like(x), x if added is None else torch.empty_like(x)
     rows, width = x.numel() // x.shape[-1], x.shape[-1]
-    _call("norm_f32", x, added, weight, bias, y, total, rows, width, eps, int(rms))
+    _call("norm_f32", x.numel() * 64, x, added, weight, bias, y, total, rows, width, eps, int(rms))
     return y, total
 
 
@@ -244,7 +264,7 @@ def gate(x: Tensor, kind: str) -> Tensor:
     x = x.contiguous()
     width = x.shape[-1] // 2
     y = torch.empty(*x.shape[:-1], width)
-    _call(f"{kind}_gate_f32", x, y, x.numel() // (2 * width), width)
+    _call(f"{kind}_gate_f32", x.numel() * 64, x, y, x.numel() // (2 * width), width)
     return y
 
 

@@ -53,7 +53,8 @@ def start(
     """Nothing means: the model's own context, as many pages as fit, a thread for each core."""
     began = time.monotonic()
     backend.WISH = kernels
-    torch.set_num_threads(threads or machine.cores())
+    threads = threads or machine.cores()
+    torch.set_num_threads(threads)
     where = machine.pick_device(device)
     decoder = load(folder, dtype=dtype, device=where, quantization=quantize, context=context or 0)
     config = decoder.config
@@ -62,8 +63,12 @@ def start(
     parameters, width = sum(p.numel() for p in decoder.parameters()), stored.itemsize
     ways = ""
     if where.type == "cpu" and kernels != "reference":
-        ways = _enable_native(decoder, quantize == "int8")
+        ways = _enable_native(decoder, quantize == "int8", threads)
         stored = stored if ways else torch.float32  # what native kernels compute in
+        if not (ways or config.experts):
+            # What is left to torch is small: threads that meet after each of its operations would
+            # wait for their turns on a busy machine, for longer than all the work takes.
+            torch.set_num_threads(1)
     if deterministic and (ways or where.type != "cpu"):
         raise DoesNotFitError(
             "--deterministic needs the native CPU kernels, whose sums do not depend on the batch; "
@@ -81,7 +86,7 @@ def start(
         "device": _name(where),
         "dtype": str(stored).removeprefix("torch."),
         "quantize": quantize,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "native": ways or "yes",
         "kernels": {choice.kernel: f"{choice.way}: {choice.reason}" for choice in choices},
         "pages": pages,
@@ -93,8 +98,9 @@ def start(
     return Ready(runner, config, context, pages, choices, about)
 
 
-def _enable_native(decoder: Decoder, int8: bool) -> str:
+def _enable_native(decoder: Decoder, int8: bool, threads: int) -> str:
     """Why not; empty when it is done."""
+    native.use_threads(threads)
     try:
         pack_decoder(decoder, int8_head=int8)
     except native.NotHere as why:

@@ -26,6 +26,13 @@ def chance(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(autouse=True, params=[1, 3])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and with others, however small the work."""
+    monkeypatch.setattr(native, "GRAIN", 1)
+    monkeypatch.setattr(native, "_threads", request.param)
+
+
 SHAPES = [(1, 64, 96), (5, 33, 70), (12, 896, 32), (13, 7, 1), (40, 130, 257)]
 
 
