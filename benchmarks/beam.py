@@ -24,6 +24,7 @@ import transformers
 
 from benchmarks import harness
 from benchmarks.harness import Times
+from model.device import cores
 from model.sampling import Sampling
 from model.start import Ready, start
 from server.engine.admission import Options
@@ -115,7 +116,15 @@ def rivals(given: Namespace, folder: Path) -> dict[str, Callable[[int], None]]:
     if not given.no_peer:
         peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=given.dtype)
         peer = peer.to(ready.runner.device).eval()
-        ways[PEER] = lambda k: generate(peer, prompt, given.tokens, k)
+
+        def whole(k: int) -> None:
+            """With all the threads that Kvist's own kernels may take."""
+            few = torch.get_num_threads()
+            torch.set_num_threads(given.threads or cores())
+            generate(peer, prompt, given.tokens, k)
+            torch.set_num_threads(few)
+
+        ways[PEER] = whole
     return ways
 
 
