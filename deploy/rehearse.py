@@ -24,8 +24,9 @@ USER = 10001
 SOURCE = ("pyproject.toml", "README.md", "LICENSE", "kernels", "model", "server")
 
 
-def install(place: Path) -> Path:
-    """An environment as the image has it; the path of its Python."""
+def install(place: Path, model: Path) -> Path:
+    """An environment as the image has it, and a model; the path of its Python."""
+    shutil.copytree(model, place / "model")
     subprocess.run([_interpreter(place), "-m", "venv", str(place / "kvist")], check=True)
     python = place / "kvist" / "bin" / "python"
     pip = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-cache-dir"]
@@ -120,17 +121,17 @@ def _wait(server: "subprocess.Popen[bytes]", url: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, help="a model's folder, readable by everyone")
+    parser.add_argument("model", type=Path, help="a model's folder")
     asked = parser.parse_args()
     place = Path(tempfile.mkdtemp(prefix="kvist-image-"))
     scratch = Path(tempfile.mkdtemp(prefix="kvist-tmp-"))
     try:
         place.chmod(0o755)
-        python = install(place)
+        python = install(place, asked.model)
         for name, size in sizes(place):
             print(f"{size / 1e6:9.1f} MB  {name}")
         scratch.chmod(0o777)
-        serve(python, asked.model, scratch)
+        serve(python, place / "model", scratch)
     finally:
         subprocess.run(["chmod", "-R", "u+w", str(place)], check=False)
         shutil.rmtree(place, ignore_errors=True)
