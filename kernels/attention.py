@@ -11,6 +11,7 @@ is padding, and its output is 0. int8 and fp8 pages come with one scale a token 
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -138,27 +139,27 @@ def dense_attention(
 ) -> Tensor:
     """The same over the rows' own tokens, without pages; differentiable. → [tokens, heads, dim]"""
     begins = starts.tolist()
-    plain = not (window or softcap) and sinks is None and slopes is None
-    out = []
-    order: list[int] = []
-    for rows, count, _ in _alike(begins, [0] * (len(begins) - 1), padding=False):
-        at = torch.tensor([begins[r] for r in rows], device=query.device)[:, None]
-        at = at + torch.arange(count, device=query.device)  # [rows, count]
-        q, k, v = query[at], key[at].transpose(1, 2), value[at].transpose(1, 2)
+    counts = [end - begin for begin, end in pairwise(begins)]
+    pieces = [x.split_with_sizes(counts) for x in (query, key, value)]
+    plain = not softcap and sinks is None and slopes is None
+    found: dict[int, Tensor] = {}
+    for rows, count, _ in _alike(begins, [0] * len(counts), padding=False):
+        # Split and stack, since the gradient of indexing is slow.
+        q, k, v = (torch.stack([part[row] for row in rows]) for part in pieces)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [rows, kv_heads, count, dim]
         if plain:
+            q, seen = q.transpose(1, 2), None
+            if window:
+                everything = torch.ones(count, count, dtype=torch.bool, device=query.device)
+                seen = everything.tril().triu(1 - window)
             mixed = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True
+                q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True
             ).transpose(1, 2)
         else:
             ends = torch.full((len(rows),), count, device=query.device)
             mixed = _attend(q, k, v, ends, scale, window, softcap, sinks, slopes)
-        out.append(mixed.flatten(0, 1))
-        order.extend(rows)
-    if order == sorted(order):
-        return torch.cat(out) if len(out) != 1 else out[0]
-    sizes = [begins[r + 1] - begins[r] for r in order]
-    pieces = dict(zip(order, torch.split(torch.cat(out), sizes), strict=True))
-    return torch.cat([pieces[r] for r in sorted(order)])
+        found |= zip(rows, mixed.unbind(0))
+    return torch.cat([found[row] for row in sorted(found)]) if found else torch.zeros_like(query)
 
 
 def _alike(

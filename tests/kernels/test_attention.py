@@ -166,7 +166,7 @@ def test_dense_attention_is_torchs() -> None:
     assert torch.allclose(found.view(2, 11, 4, 8), wanted.transpose(1, 2), atol=1e-6)
 
 
-@pytest.mark.parametrize("features", [{}, {"window": 2, "softcap": 3.0}])
+@pytest.mark.parametrize("features", [{}, {"window": 2}, {"window": 2, "softcap": 3.0}])
 def test_gradients_are_right(features: dict[str, Any]) -> None:
     starts = torch.tensor([0, 1, 4, 6, 9], dtype=torch.int32)
     parts = [torch.randn(9, heads, 3, dtype=torch.float64) for heads in (4, 2, 2)]
