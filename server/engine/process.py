@@ -103,6 +103,8 @@ class Child:
                     await asyncio.sleep(0)  # let readers read: we may lag, and they not
         except (ConnectionError, msgspec.MsgspecError):
             log.exception("The engine's line broke")
+        finally:
+            self.writer.close()
 
     def send(self, message: ToEngine) -> None:
         if self.writer is not None and not self.writer.is_closing():
@@ -110,16 +112,18 @@ class Child:
 
     async def end(self, seconds: float) -> int:
         """Hang up, wait, and kill it if that does not help; its exit status."""
-        if self.writer is not None:
-            self.writer.close()
+        if self.writer is None:  # it has not even heard what to build
+            self.kill()
         else:
-            self.socket.close()
+            self.writer.close()
         until = time.monotonic() + seconds
         while self._process.poll() is None and time.monotonic() < until:
             await asyncio.sleep(0.02)
         self.kill()
         while (status := self._process.poll()) is None:
             await asyncio.sleep(0.02)
+        if self.writer is None:
+            self.socket.close()
         return status
 
     def kill(self) -> None:
@@ -295,11 +299,14 @@ class Client:
         """Watch over an engine until it is no more; its last words, if it had any."""
         listening = asyncio.create_task(child.listen(self._hear))
         hung = 0.0
-        while not (await asyncio.wait([listening], timeout=WATCH))[0]:
-            self._look(child)
-            hung = hung + WATCH if self._state == "hung" else 0.0
-            if hung > HANGING:
-                child.kill()
+        try:
+            while not (await asyncio.wait([listening], timeout=WATCH))[0]:
+                self._look(child)
+                hung = hung + WATCH if self._state == "hung" else 0.0
+                if hung > HANGING:
+                    child.kill()
+        finally:
+            listening.cancel()
         self._fail()
         status = await child.end(1.0)
         (log.info if self._state == "stopped" else log.error)(
