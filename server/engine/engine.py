@@ -16,6 +16,9 @@ from server.errors import KvistError
 
 log = logging.getLogger(__name__)
 
+FATAL = ("CUDA error", "NCCL error")  # a device that says so says it for ever
+FAILURES = 64  # steps in a row that may raise; more are nobody's request's doing
+
 
 class Engine:
     """Requests in, events out, a step at a time."""
@@ -38,6 +41,7 @@ class Engine:
         self.answers = answers or {}  # what can be asked between two steps
         self._executor = executor
         self._flying: deque[tuple[int, Callable[[], Output]]] = deque()  # tokens, and the wait
+        self._failures = 0  # steps that raised since the last that did not
         self._broken = False  # the newest step in flight could not even be launched
         self.pulse: Callable[[int], None] = _nothing  # told of the tokens that are waited for
 
@@ -49,7 +53,8 @@ class Engine:
         self.scheduler.cancel(id, reason)
 
     def step(self) -> list[Event]:
-        """One step further. An exception in it fails, or tries again, who was in it; no other."""
+        """One step further. An exception in it fails, or tries again, who was in it; no other.
+        What raises from here is not a request's doing: this engine is to be thrown away."""
         while len(self._flying) <= self.options.ahead and not self._broken:
             batch = self.scheduler.schedule()
             if batch is None:
@@ -62,8 +67,12 @@ class Engine:
         try:
             output = self._flying.popleft()[1]()
         except Exception as error:
+            self._failures += 1
+            if self._failures > FAILURES or any(word in str(error) for word in FATAL):
+                raise  # this process is beyond help; its supervisor starts another
             log.exception("A step failed")
             return self._give_up(error)
+        self._failures = 0
         return self.scheduler.advance(output)
 
     def _launch(self, batch: Batch) -> Callable[[], Output]:

@@ -51,9 +51,8 @@ class Holdings:
         """Pages and seats are for others."""
         for branch in branches:
             self.pages.drop(reversed(branch.pages))
-            if branch.seat >= 0:
-                self.table.clear(branch.seat)
-                self.vacant.append(branch.seat)
+            self.table.clear(branch.seat)
+            self.vacant.append(branch.seat)
             branch.pages, branch.seat = [], -1
 
     def need(self, branches: list[Branch], count: int) -> int:

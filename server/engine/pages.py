@@ -68,7 +68,8 @@ class Pages:
         else:
             page = self._oldest()
             del self._idle[page]
-            self._unpublish(page)
+            del self._index[self._digest[page] or b""]
+            self._digest[page] = None
         self._references[page] = 1
         return page
 
@@ -135,23 +136,14 @@ class Pages:
             self._index[digest] = page
             self._digest[page] = digest
 
-    def _unpublish(self, page: int) -> None:
-        digest = self._digest[page]
-        if digest is not None:
-            del self._index[digest]
+    def reset(self) -> None:
+        """Forget all prefixes; who reads them goes on."""
+        for page in self._index.values():
             self._digest[page] = None
-
-    def forget(self, pages: Iterable[int]) -> None:
-        """Let nobody find these any more; who reads them goes on."""
-        for page in pages:
-            self._unpublish(page)
             if page in self._idle:
                 del self._idle[page]
                 self._free.append(page)
-
-    def reset(self) -> None:
-        """Forget all prefixes."""
-        self.forget(list(self._index.values()))
+        self._index.clear()
 
     def launched(self) -> None:
         """A step went off: what is dropped from now on, it may still use."""

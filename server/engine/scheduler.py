@@ -333,15 +333,14 @@ class Scheduler:
 
     def _finish(self, branch: Branch) -> None:
         """A branch has come to its end, maybe before those that grow out of it could."""
-        group = branch.group
-        if group.over or branch.finish is None:
-            return
+        group, finish = branch.group, branch.finish
+        assert finish is not None
         if group.buds:
             self._holdings.sprout(group)
         group.branches.remove(branch)
         self._holdings.release([branch])
         if not group.living:
-            self._end(group, branch.finish)
+            self._end(group, finish)
 
     def _conclude(self, group: Group) -> None:
         """A beam search has stopped."""

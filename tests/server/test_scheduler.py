@@ -529,6 +529,42 @@ def test_a_failed_step_is_tried_again(where: str, ahead: int) -> None:
     assert bench.engine.stats.retries == 1
 
 
+def test_what_was_launched_after_a_failed_step_may_fail_too() -> None:
+    class Broken(Recorder):
+        waits = 0
+
+        def launch(self, batch: Batch) -> Callable[[], Output]:
+            wait = super().launch(batch)
+            return self._broken if len(self.batches) in (3, 4) else wait
+
+        def _broken(self) -> Output:
+            Broken.waits += 1
+            raise RuntimeError("device lost for a moment")
+
+    bench = Bench(ahead=1)
+    bench.engine._executor = Broken(256, 4)
+    request = bench.submit(1, 2, 3, max_tokens=9)
+    bench.finish()
+    assert Broken.waits == 2
+    assert bench.right(request)
+
+
+@pytest.mark.parametrize("says", ["CUDA error: device-side assert triggered", "no"])
+def test_an_engine_beyond_help_says_so(says: str) -> None:
+    class Lost(Recorder):
+        def launch(self, batch: Batch) -> Callable[[], Output]:
+            raise RuntimeError(says)
+
+    bench = Bench()
+    bench.engine._executor = Lost(256, 4)
+    for _ in range(100):
+        bench.submit(1)
+    with pytest.raises(RuntimeError, match=says):
+        bench.finish()
+    failed = bench.engine.stats.finished.get("error", 0)
+    assert (0 < failed < 100) if says == "no" else failed == 0
+
+
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_who_makes_steps_fail_fails_alone(ahead: int) -> None:
     bench = Bench(ahead=ahead)
