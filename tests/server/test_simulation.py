@@ -52,7 +52,7 @@ def run(seeds: range) -> None:
         cancelled += world.cancels
         preempted += world.preempted
     assert cancelled > 0.3 * accepted
-    assert preempted > 0.08 * accepted  # 9.3 % over the long run
+    assert preempted > 0.1 * accepted
 
 
 def test_nothing_is_violated() -> None:

@@ -63,7 +63,7 @@ PLAIN = Request(id="", prompt=[], max_tokens=0)
 
 def knobs(seed: int) -> Knobs:
     rng = Random(seed)
-    long, tight = rng.random() < 0.02, rng.random() < 0.8
+    long, tight = rng.random() < 0.02, rng.random() < 0.85
     pages = rng.choice((4, 6, 8, 12, 16, 16, 24, 24, 32, 48, 64, 128) if not tight else (24, 32))
     seats = rng.choice((1, 2, 4, 8, 8, 16, 16, 32, 256) if not tight else (8, 16, 32))
     options = Options(
@@ -130,7 +130,7 @@ def _request(rng: Random, knobs: Knobs, trunk: list[int], number: int) -> Reques
     prompt = trunk[:shared] + rng.choices(IDS, k=own)
     kind = rng.random()
     beams = _beams(rng) if kind < 0.12 else None
-    lengths = (13, 20, 32) if knobs.tight else (0, 1, 2, 5, 8, 13, 20, 40)
+    lengths = (16, 24, 32) if knobs.tight else (0, 1, 2, 5, 8, 13, 20, 40)
     most = min(rng.choice(lengths), knobs.pages * knobs.size // 2)
     return Request(
         id=f"r{number}",
