@@ -122,7 +122,7 @@ class Encoder:
         ids: list[int] = []
         for word in WORD.findall(text):
             if cut and random and len(word) > 1 and random.random() < cut:
-                space = word[0] == " " and random.random() < 0.5  # where most prompts stop
+                space = word[0] == " " and random.random() < 0.75  # where most prompts stop
                 at = 1 if space else random.randrange(1, len(word))
                 ids += self._word(word[:at]) + self._word(word[at:])
             else:

@@ -4,6 +4,7 @@ A small model learns them fully, and that makes them good to look at: one can po
 attention that finds the previous number. Everything is drawn from one seed.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from random import Random
 
@@ -32,6 +33,8 @@ CIRCLES = [
 ]
 WORDS = _list("red blue green apple pear cat dog sun moon north south left right yes no tick tock")
 PAIRS = ["()", "[]", "{}", "<>"]
+MODULES = sorted(name for name in sys.stdlib_module_names if not name.startswith("_"))
+COMMON = _list("os sys re io time json math random string types collections functools itertools")
 
 
 def exercises(seed: int, texts: int = TEXTS) -> Iterator[str]:
@@ -133,6 +136,14 @@ def _count_words(random: Random) -> str:
     return _join(random, [english(n) for n in range(start, start + random.randrange(8, 30))])
 
 
+def _imports(random: Random) -> str:
+    """Several modules in a line, which the library itself seldom does and everybody types."""
+    names = random.sample(COMMON, len(COMMON)) + random.sample(MODULES, 20)
+    names = list(dict.fromkeys(names))
+    counts = [random.choice([1, 2, 2, 3, 4]) for _ in range(random.randrange(1, 6))]
+    return "\n".join("import " + ", ".join(names.pop() for _ in range(count)) for count in counts)
+
+
 KINDS: dict[Callable[[Random], str], int] = {
     _count: 8,
     _steps: 3,
@@ -144,4 +155,5 @@ KINDS: dict[Callable[[Random], str], int] = {
     _words: 2,
     _translate: 2,
     _count_words: 2,
+    _imports: 4,
 }
