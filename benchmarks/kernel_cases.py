@@ -168,7 +168,7 @@ def _flashinfer(
 def _shared(groups: int, width: int, prefix: int, own: int, bench: Bench) -> Work:
     """`groups` beam groups that share a prefix, and as many tokens of each beam's own."""
     if bench.small:
-        groups, width, prefix, own = 1, 3, 256, 32
+        groups, width, prefix, own = 1, 8, 208, 16
     rows = groups * width
     call = _rows(bench, rows, 1, prefix + own)
     table = call["page_table"].view(groups, width, -1)

@@ -65,6 +65,11 @@ def attention(
     return found
 
 
+def shares_reads(device: torch.device) -> bool:
+    """Whether `shared` saves anything there: it is not worth finding for ways that ignore it."""
+    return _ATTENTION.choose(device).way == "triton"
+
+
 def _check(
     query: Tensor,
     keys: Tensor,

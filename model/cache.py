@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.sharing import Shared
 from model.config import ModelConfig
 
 PAGE = 16  # tokens of a page, unless told otherwise
@@ -22,6 +23,7 @@ class Rows:
     lengths: Tensor = NOTHING  # [rows] int32, context with this step's tokens
     page_table: Tensor = NOTHING  # [rows, widest] int32
     slots: Tensor = NOTHING  # [tokens] int64: page · page size + offset, where each token goes
+    shared: Shared | None = None  # rows whose first pages are read once for all
 
     @staticmethod
     def alone(counts: list[int], device: torch.device | str = "cpu") -> "Rows":

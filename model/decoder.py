@@ -168,6 +168,7 @@ class Attention(nn.Module):
             softcap=config.attention_softcap,
             sinks=self.sinks,
             slopes=place.slopes,
+            shared=rows.shared,
         )
 
     def _norm(self, norm: Norm, x: Tensor) -> Tensor:

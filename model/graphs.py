@@ -1,8 +1,9 @@
 """A decode step as one CUDA graph: embed to drawn token, replayed without the host in between.
 
-A graph is recorded for a rung of row counts and of context lengths, the first time it is wanted;
-fewer rows are padded with rows that write nowhere and sit in a seat of their own. Steps that do
-more (prompts, drafts, beams, penalties, masks) run kernel by kernel.
+A graph is recorded for a rung of row counts and of context lengths, with or without pages that
+rows share, the first time it is wanted; fewer rows are padded with rows that write nowhere and sit
+in a seat of their own. Steps that do more (prompts, drafts, beams, penalties, masks) run kernel by
+kernel.
 
 Off CUDA the same padding and the same buffers can be rehearsed by calling instead of replaying.
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.sampling import sample, uniform_bits
+from kernels.sharing import Shared
 from model.batch import Batch
 from model.cache import Cache, Rows
 from model.decoder import Decoder
@@ -36,6 +38,7 @@ class Recorded:
     numbers: Tensor  # [6, rows] int64
     settings: Tensor  # [rows, 5] float32
     table: Tensor  # [rows, widest] int32
+    shared: Tensor | None  # [4, rows + 1] int32, the parts of a `Shared`
     found: Found
     replay: Callable[[], object]
 
@@ -45,7 +48,7 @@ class Graphs:
         """last [seats + 1]: the last is where padding sits."""
         self.decoder, self.cache, self.seats, self.last = decoder, cache, seats, last
         self.device = cache.pages.device
-        self.recorded: dict[tuple[int, int], Recorded] = {}
+        self.recorded: dict[tuple[int, int, bool], Recorded] = {}
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def fits(self, batch: Batch) -> bool:
@@ -59,15 +62,18 @@ class Graphs:
             and self.seats.plain(batch.seats)
         )
 
-    def run(self, batch: Batch) -> Found:
+    def run(self, batch: Batch, shared: Shared | None) -> Found:
         """hidden, logits and tokens of the batch's rows."""
         rows = len(batch.seats)
         rung = next(rung for rung in RUNGS if rung >= rows)
         reach = SHORTEST
         while reach < batch.lengths.max():
             reach *= 2
-        step = self.recorded.get((rung, reach)) or self._record(rung, reach)
+        kind = rung, reach, shared is not None
+        step = self.recorded.get(kind) or self._record(*kind)
         self._fill(step, batch)
+        if step.shared is not None and shared is not None:
+            self._up(step.shared, _padded(shared, step.shared.shape))
         step.replay()
         return {name: value[:rows] for name, value in step.found.items()}
 
@@ -93,19 +99,22 @@ class Graphs:
         # A pinned copy of its own, since the step before may not have read its numbers yet.
         room.copy_(tensor.pin_memory() if room.is_cuda else tensor, non_blocking=True)
 
-    def _record(self, rung: int, reach: int) -> Recorded:
+    def _record(self, rung: int, reach: int, sharing: bool) -> Recorded:
         numbers = torch.zeros(6, rung, dtype=torch.int64, device=self.device)
         numbers[SEATS], numbers[LENGTHS], numbers[SLOTS] = len(self.last) - 1, 1, -1
         settings = torch.zeros(rung, 5, device=self.device)
         width = -(-reach // self.cache.page_size)
         table = torch.zeros(rung, width, dtype=torch.int32, device=self.device)
         starts = torch.arange(rung + 1, dtype=torch.int32, device=self.device)
+        shared = torch.zeros(4, rung + 1, dtype=torch.int32, device=self.device)
+        groups = _parts(shared) if sharing else None
         found: Found = {}
 
         def step() -> None:
-            found.update(self._step(numbers, settings, table, starts, reach))
+            found.update(self._step(numbers, settings, table, starts, reach, groups))
 
-        self.recorded[rung, reach] = made = Recorded(numbers, settings, table, found, step)
+        made = Recorded(numbers, settings, table, shared if sharing else None, found, step)
+        self.recorded[rung, reach, sharing] = made
         if self.device.type == "cuda":
             made.replay = self._capture(step)
         return made
@@ -123,13 +132,35 @@ class Graphs:
         return graph.replay
 
     def _step(
-        self, numbers: Tensor, settings: Tensor, table: Tensor, starts: Tensor, reach: int
+        self,
+        numbers: Tensor,
+        settings: Tensor,
+        table: Tensor,
+        starts: Tensor,
+        reach: int,
+        shared: Shared | None,
     ) -> Found:
         tokens, seats, positions, lengths, slots, bits = numbers.unbind()
-        rows = Rows(positions, starts, 1, reach, lengths.int(), table, slots)
+        rows = Rows(positions, starts, 1, reach, lengths.int(), table, slots, shared)
         tokens = torch.where(tokens < 0, self.last[seats], tokens)
         hidden = self.decoder(tokens, rows, self.cache)
         logits = self.decoder.logits(hidden)
         drawn = sample(logits, bits, settings)
         self.last[seats] = drawn.clamp(min=0)
         return {"hidden": hidden, "logits": logits, "tokens": drawn}
+
+
+def _parts(room: Tensor) -> Shared:
+    """room [4, rows + 1] as groups of at least two rows, as many as there can be"""
+    rows = room.shape[1] - 1
+    most = rows // 2
+    return Shared(room[0, :rows], room[1, : most + 1], room[2, :most], room[3, :rows])
+
+
+def _padded(shared: Shared, shape: tuple[int, ...]) -> npt.NDArray[np.int32]:
+    """For that room; groups that are not there begin and end after the last."""
+    room = np.zeros(shape, np.int32)
+    room[1] = len(shared.rows)
+    for line, part in zip(room, shared, strict=True):
+        line[: len(part)] = part.numpy()
+    return room

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.attention import shares_reads
 from kernels.pages import copy_pages
+from kernels.sharing import Shared, find_shared
 from kernels.topk import top_logprobs
 from model.batch import LAST_SAMPLE, Batch, Ints, Output
 from model.cache import Cache, Rows
@@ -70,7 +72,7 @@ class Runner:
         return self._down(found)
 
     def _replay(self, graphs: Graphs, batch: Batch) -> dict[str, Tensor]:
-        step = graphs.run(batch)
+        step = graphs.run(batch, self._shared(batch))
         bad = step["hidden"].isnan().any(-1) | (step["tokens"] < 0)
         found = {"tokens": step["tokens"], "bad": bad}
         return found | self._logprobs(batch, step["logits"], step["tokens"])
@@ -85,6 +87,7 @@ class Runner:
         """Slots are computed here, for all tokens at once."""
         size = self.cache.page_size
         pages = batch.page_table[row, positions // size].astype(np.int64)
+        shared = self._shared(batch)
         return Rows(
             positions=self._up(positions),
             starts=self._up(batch.starts),
@@ -93,7 +96,15 @@ class Runner:
             lengths=self._up(batch.lengths),
             page_table=self._up(batch.page_table),
             slots=self._up(pages * size + positions % size),
+            shared=shared and Shared(*(self._up(part.numpy()) for part in shared)),
         )
+
+    def _shared(self, batch: Batch) -> Shared | None:
+        """Beams of one group, and requests with one cached prefix; on the host."""
+        if not shares_reads(self.device):
+            return None
+        counts = np.diff(batch.starts)
+        return find_shared(counts, batch.lengths, batch.page_table, self.cache.page_size)
 
     def _tokens(self, batch: Batch, owners: Ints) -> Tensor:
         """Ids [tokens], the unknown ones from where they were sampled."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import attention_triton
+from kernels import attention_triton, sharing
 from kernels.attention import attention, attention_reference, dense_attention
 from kernels.attention_triton import attention_triton as run_triton
 from kernels.backend import Call, Device, call, differs
@@ -290,7 +290,8 @@ def shared_case(page: int = 16, **features: Any) -> tuple[Call, Shared]:
     table, lengths = made.kwargs["page_table"], made.kwargs["lengths"]
     for first, other, tokens in ((0, 2, 256), (0, 3, 256), (4, 5, 224)):
         table[other, : tokens // page] = table[first, : tokens // page]
-    shared = find_shared(np.ones(6, np.int32), lengths.numpy(), table.numpy(), page)
+    with patch.object(sharing, "LEAST", ((2, 200),)):
+        shared = find_shared(np.ones(6, np.int32), lengths.numpy(), table.numpy(), page)
     assert shared is not None
     return made, shared
 
@@ -319,6 +320,14 @@ def test_shared_rows_are_found() -> None:
         attention_reference(*made.args, **made.kwargs, shared=shared),
         attention_reference(*made.args, **made.kwargs),
     )
+
+
+@pytest.mark.parametrize(("rows", "tokens", "pays"), [(8, 208, 1), (8, 192, 0), (2, 208, 0)])
+def test_few_shared_reads_are_not_worth_a_launch(rows: int, tokens: int, pays: int) -> None:
+    table = np.arange(rows * 20, dtype=np.int32).reshape(rows, 20)
+    table[:, : tokens // 16] = table[0, : tokens // 16]
+    lengths = np.full(rows, 320, np.int32)
+    assert (find_shared(lengths // 320, lengths, table, 16) is not None) == pays
 
 
 def partitions(rows: list[int]) -> Iterator[list[list[int]]]:
@@ -350,7 +359,8 @@ def test_no_other_groups_would_save_more(seed: int) -> None:
         return (len(rows) - 1) * common
 
     best = max(sum(saved(group) for group in way) for way in partitions(list(range(5))))
-    shared = find_shared(np.ones(5, np.int32), lengths, table, page)
+    with patch.object(sharing, "LEAST", ((2, 200),)):
+        shared = find_shared(np.ones(5, np.int32), lengths, table, page)
     found = 0
     if shared is not None:
         for group, tokens in enumerate(shared.tokens.tolist()):

@@ -64,7 +64,7 @@ def test_a_padded_replay_is_the_plain_step(tmp_path: Path) -> None:
     ]
     plain, replayed = (run(runner, 12) for runner in runners)
     assert runners[1].graphs is not None
-    assert set(runners[1].graphs.recorded) == {(8, 512), (4, 512)}
+    assert set(runners[1].graphs.recorded) == {(8, 512, False), (4, 512, False)}
     for ours, theirs in zip(replayed, plain, strict=True):
         assert np.array_equal(ours, theirs)
     assert torch.allclose(runners[0].cache.pages, runners[1].cache.pages, atol=1e-5)
