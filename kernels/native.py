@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.backend import KERNELS
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = "-O3 -march=native -ffast-math -fno-finite-math-only -fno-associative-math -fopenmp -fPIC"
+FLAGS = "-O3 -march=native -ffast-math -fno-finite-math-only -fno-associative-math -pthread -fPIC"
 TILE = 32  # outputs of a tile, as in native.cpp
 
 
@@ -60,6 +60,9 @@ SIGNATURES: dict[str, list[Any]] = {
     "norm_f32": [P] * 6 + [I64] * 2 + [F32] + [C] * 2,
     "silu_gate_f32": [P] * 2 + [I64] * 2 + [C],
     "gelu_tanh_gate_f32": [P] * 2 + [I64] * 2 + [C],
+    "silu_f32": [P] * 2 + [I64, C],
+    "gelu_tanh_f32": [P] * 2 + [I64, C],
+    "stack_f32": [P] * 4,
 }
 
 
@@ -81,7 +84,6 @@ def _place(compiler: str) -> Path:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """Without naming an OpenMP library when linking, so that torch's own threads are used."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError:  # a read-only home: build for this process alone
@@ -96,9 +98,7 @@ def _compile(compiler: str, target: Path) -> None:
         os.replace(built, target)
 
 
-# Products worth another thread. Who waits for a thread waits for its turn on a busy machine: small
-# networks are ten times as fast with one thread there, and hardly slower on a quiet one.
-GRAIN = 17 << 20
+GRAIN = 2 << 20  # multiplications worth another thread
 READING = 16  # fewer rows than these take as long, since the weights must be read anyway
 
 
@@ -111,11 +111,14 @@ def use_threads(count: int) -> None:
     _threads = count
 
 
+def threads() -> int:
+    return _threads
+
+
 def _call(name: str, work: int, *args: Tensor | float | None) -> None:
     """A function of the library: tensors go as addresses, and threads come last."""
     plain = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-    threads = min(_threads, 1 + work // GRAIN)
-    getattr(library(), name)(*plain, threads)
+    getattr(library(), name)(*plain, min(_threads, 1 + work // GRAIN))
 
 
 # ── products ──────────────────────────────────────────────────────────────────────────────────
@@ -235,6 +238,7 @@ def store(
     tokens, heads, dim = query.shape
     out = torch.empty(tokens, heads, dim)
     steps = query.stride(0), key.stride(0), value.stride(0)
+    at = None if at is None else at.long()
     pairs = 0 if table is None else table.shape[1] // 2
     _call(
         "store_f32",
@@ -268,6 +272,14 @@ def gate(x: Tensor, kind: str) -> Tensor:
     return y
 
 
+def activate(x: Tensor, kind: str) -> Tensor:
+    """silu and gelu_tanh"""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _call(f"{kind}_f32", x.numel() * 64, x, y, x.numel())
+    return y
+
+
 # ── which kernels run this way ────────────────────────────────────────────────────────────────
 
 
@@ -281,7 +293,12 @@ def _attention_way(*args: Tensor, **how: Any) -> Tensor:
 
 def _store_way(*args: Tensor, **how: Any) -> Tensor:
     together = all(part.stride(-1) == 1 and part.stride(1) == part.shape[2] for part in args[:3])
-    if not _floats(*args[:5]) or not together or args[0].shape[2] > 256 or "key_scales" in how:
+    if (
+        not _floats(*args[:5])
+        or not together
+        or args[0].shape[2] > 256
+        or how.get("key_scales") is not None
+    ):
         return KERNELS["store"].twin(*args, **how)
     return store(*args, **how)
 
@@ -302,13 +319,20 @@ def _gate_way(x: Tensor, kind: str, limit: float = 0.0) -> Tensor:
     return gate(x, kind)
 
 
+def _activate_way(x: Tensor, kind: str) -> Tensor:
+    if not _floats(x) or kind not in ("silu", "gelu_tanh"):
+        return KERNELS["activate"].twin(x, kind)
+    return activate(x, kind)
+
+
 def _floats(*tensors: Tensor) -> bool:
     return all(tensor.dtype == torch.float32 for tensor in tensors)
 
 
 NORMS = ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")
 WAYS: dict[str, Any] = {name: partial(_norm_way, name) for name in NORMS}
-WAYS |= {"attention": _attention_way, "store": _store_way, "gate": _gate_way}
+WAYS |= {"attention": _attention_way, "store": _store_way}
+WAYS |= {"gate": _gate_way, "activate": _activate_way}
 
 
 def enable() -> None:

@@ -4,6 +4,8 @@ Products then run natively, with float32 activations over float32, bfloat16 or i
 a row's result is bit for bit the same in any company. See `kernels/native.py`.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from kernels import native
 from kernels.linear import Int8Weight, Weight, quantize_int8
 from kernels.native import Packed, pack, unpack
-from model.decoder import Decoder, Linear
+from kernels.stack import ACTIVATIONS, LayerParts, Shape, Stack
+from model.cache import Cache, Rows
+from model.decoder import MLP, Decoder, Layer, Linear, Norm
 
 
 class PackedLinear(nn.Module):
@@ -58,6 +62,89 @@ def pack_decoder(decoder: Decoder, int8_head: bool = False) -> None:
     decoder.head = PackedLinear(head, bias)
     for parameter in decoder.parameters():  # what is left: norms, experts, learned positions
         parameter.data = parameter.data.float()
+    if plain(decoder):
+        decoder.whole = Layers(decoder)
+
+
+def plain(decoder: Decoder) -> bool:
+    """Whether the layers are of the one shape that runs in one call: that of Llama and GPT-2."""
+    config = decoder.config
+    usual = (config.norms, config.parallel, config.residual_scale) == ("pre", False, 1)
+    normed = config.qk_norm == "none" or (config.qk_norm, config.qk_norm_kind) == ("head", "rms")
+    small = config.head_dim <= 256 and config.heads // config.kv_heads <= 128
+    packed = all(
+        isinstance(module, PackedLinear)
+        for layer in decoder.layers
+        for name, module in layer.named_modules()
+        if name.endswith((".qkv", ".out", ".up", ".down"))
+    )
+    known = config.activation in ACTIVATIONS and not config.experts
+    return usual and normed and small and packed and known and not config.shared_norm
+
+
+class Layers:
+    """All layers in one call, of the cache that they were last called with."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.cache: Cache | None = None
+
+    def __call__(self, x: Tensor, rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
+        if self.cache is not cache:
+            self.cache, self.stack = cache, Stack(self._shape(), list(self._parts(cache)))
+        where = rows.slots, rows.positions, rows.starts, rows.lengths, rows.page_table
+        return self.stack(x, *where, rows.longest_context)
+
+    def _shape(self) -> Shape:
+        config = self.decoder.config
+        return Shape(
+            heads=config.heads,
+            rms=config.norm == "rms",
+            gated=config.gated,
+            activation=config.activation,
+            eps=config.norm_eps,
+            scale=config.scale,
+            softcap=config.attention_softcap,
+            slopes=self.decoder.place.slopes,
+        )
+
+    def _parts(self, cache: Cache) -> Iterator[LayerParts]:
+        config, place = self.decoder.config, self.decoder.place
+        for index, layer in enumerate(self.decoder.layers):
+            assert isinstance(layer, Layer)
+            attention, mlp = layer.attention, layer.mlp
+            assert isinstance(mlp, MLP)
+            modules = {"qkv": attention.qkv, "out": attention.out, "up": mlp.up, "down": mlp.down}
+            norms = {"norm": layer.attention_norm, "mlp_norm": layer.mlp_norm}
+            rope, (keys, values) = attention.rope, cache.layer(index)
+            yield LayerParts(
+                products={name: _product(module) for name, module in modules.items()},
+                tensors={
+                    **{name: _weight(norm) for name, norm in norms.items()},
+                    **{f"{name}_bias": _bias(norm) for name, norm in norms.items()},
+                    "query_norm": _weight(attention.q_norm),
+                    "key_norm": _weight(attention.k_norm),
+                    "sinks": attention.sinks,
+                    "angles": None if rope is None else place.table(rope),
+                },
+                keys=keys,
+                values=values,
+                interleaved=rope is not None and rope.interleaved,
+                window=config.window(index),
+            )
+
+
+def _weight(norm: Norm | None) -> Tensor | None:
+    return None if norm is None else norm.weight
+
+
+def _bias(norm: Norm | None) -> Tensor | None:
+    return None if norm is None else norm.bias
+
+
+def _product(module: nn.Module) -> tuple[Packed, Tensor | None]:
+    assert isinstance(module, PackedLinear)
+    return module.weight, module.bias
 
 
 def _packed(weight: Weight) -> Packed | None:

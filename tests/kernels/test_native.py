@@ -138,7 +138,7 @@ def test_store(interleaved: bool, normed: bool) -> None:
     slots = torch.tensor([5, 6, -1, 17, 0, 30])
     how: dict[str, Any] = {
         "table": chance(40, 16, seed=4),
-        "at": torch.tensor([3, 4, 5, 9, 1, 39]),
+        "at": torch.tensor([3, 4, 5, 9, 1, 39], dtype=torch.int32),  # as the runner has them
         "interleaved": interleaved,
         "query_norm": weight,
         "key_norm": weight,

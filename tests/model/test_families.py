@@ -1,7 +1,7 @@
 """Every family against transformers: logits, cached decode, batches, greedy continuations."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytest
@@ -176,7 +176,8 @@ def test_dynamic_rope_stretches_to_the_context_served(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "label", ["llama-group-of-7", "gemma3", "gptj", "opt-post-norm", "gpt_oss"]
+    "label",
+    ["llama-group-of-7", "gpt2", "qwen3", "mistral", "gemma3", "gptj", "opt-post-norm", "gpt_oss"],
 )
 def test_packed_for_the_cpu(label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Native products, attention and norms: the same logits, and the same bits for any chunk."""
@@ -202,9 +203,24 @@ def test_packed_for_the_cpu(label: str, tmp_path: Path, monkeypatch: pytest.Monk
     with torch.inference_mode():
         whole = logits(23)
         assert_close(whole, theirs(prompt[None]).logits[0])
-        exact = not ours.config.experts and ours.config.activation in ("silu", "gelu_tanh")
-        if exact and ours.config.gated:
+        if not ours.config.experts and ours.config.activation in ("silu", "gelu_tanh"):
             assert torch.equal(logits(1, 4, 17, 1), whole)
+        assert (ours.whole is not None) == (label in IN_ONE_CALL)
+        if ours.whole:
+            forbid_twins(monkeypatch)
+        ours.whole = None  # layer by layer, the same functions run
+        assert torch.equal(logits(23), whole)
+
+
+def forbid_twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twin(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("torch's way was taken where there is a native one")
+
+    for kernel in KERNELS.values():
+        monkeypatch.setattr(kernel, "twin", twin)
+
+
+IN_ONE_CALL = {"llama-group-of-7", "gpt2", "qwen3", "mistral"}
 
 
 def test_every_family_has_a_row() -> None:
