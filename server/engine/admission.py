@@ -15,7 +15,7 @@ class Options:
     chunk: int = 512  # of one prompt in a step, while others want to run too; 0: no bound
     ahead: int = 0  # steps launched before the one in flight was read: 0 or 1
     queue: int = 1024  # requests that may wait
-    queue_tokens: int = 0  # and tokens they can come to; 0: four times the pages
+    queue_tokens: int = 0  # and tokens that they stand for; 0: four times the pages
     draft: int = 0  # tokens guessed ahead, for requests that do not say
     aging: float = 30.0  # seconds of waiting that outweigh one step of priority
     context: int = 0  # the most tokens of prompt and output; 0: as the pages allow

@@ -20,6 +20,7 @@ from server.engine.request import Event, Finish, Request
 from server.engine.text import Text
 
 PREEMPTIONS = 3  # then a group is pinned
+USUAL = 512  # tokens of an answer, at most, that the queue reckons with
 
 Rivals: TypeAlias = list[tuple[int, float]]  # alternatives to a token, best first
 
@@ -110,10 +111,14 @@ class Group:
         return Branch(self, index, self.blank.fork(), len(self.prompt), self.draft)
 
     @property
-    def tokens(self) -> int:
-        """What it can come to."""
+    def weight(self) -> int:
+        """Tokens that its place in the queue stands for: the prompt, and what answers usually have.
+
+        Who names no max_tokens may fill the context, and hardly ever does: counted whole, a few
+        such chats would close the queue to everybody.
+        """
         width = self.request.beams.width if self.request.beams else self.request.n
-        return len(self.prompt) + width * self.request.max_tokens
+        return len(self.prompt) + width * min(self.request.max_tokens, USUAL)
 
     @property
     def living(self) -> list[Branch]:

@@ -32,11 +32,11 @@ class Lobby:
 
     def check(self, group: Group) -> None:
         """Raise if there is no place for one more."""
-        full = len(self) and self._tokens + group.tokens > self._most_tokens
+        full = len(self) and self._tokens + group.weight > self._most_tokens
         if len(self) >= self._most or full:
             raise QueueFull(
-                f"{len(self)} requests that can come to {self._tokens} tokens wait already, and"
-                f" the queue holds {self._most} or {self._most_tokens}: try again later."
+                f"{len(self)} requests of about {self._tokens} tokens wait already, and the queue"
+                f" holds {self._most} or {self._most_tokens}: try again later."
             )
 
     def arrive(self, group: Group, now: float) -> None:
@@ -51,12 +51,12 @@ class Lobby:
 
     def enter(self, group: Group) -> None:
         insort(self._waiting, (group.key, group.number, group))
-        self._tokens += group.tokens
+        self._tokens += group.weight
 
     def leave(self, group: Group) -> None:
         """It begins, or begins again."""
         del self._waiting[bisect_left(self._waiting, (group.key, group.number))]
-        self._tokens -= group.tokens
+        self._tokens -= group.weight
         self._stop(group, group.request.queue_timeout, waiting=True)
 
     def end(self, group: Group, waits: bool) -> None:

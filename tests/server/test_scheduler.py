@@ -273,7 +273,7 @@ def test_a_full_queue_says_so_and_empties() -> None:
     bench.step()
     for _ in range(2):
         bench.submit(1, max_tokens=2)
-    with pytest.raises(QueueFull, match="2 requests that can come to 6 tokens wait already"):
+    with pytest.raises(QueueFull, match="2 requests of about 6 tokens wait already"):
         bench.submit(1)
     bench.finish()
     bench.submit(1)
@@ -287,6 +287,15 @@ def test_a_queue_is_full_of_tokens_too_but_takes_one_of_any_length() -> None:
     bench.submit(1, max_tokens=30)
     with pytest.raises(QueueFull):
         bench.submit(1, max_tokens=1)
+
+
+def test_who_names_no_length_does_not_fill_the_queue_with_a_whole_context() -> None:
+    """Such a chat asks for all that the context leaves; a hundred of them wait all the same."""
+    bench = Bench(pages=1 << 14, size=4, seats=1, queue_tokens=1 << 16)
+    for _ in range((1 << 16) // 513):
+        bench.submit(1, max_tokens=60_000)
+    with pytest.raises(QueueFull, match="127 requests of about 65151 tokens"):
+        bench.submit(1, max_tokens=60_000)
 
 
 def test_an_id_is_used_once_at_a_time() -> None:

@@ -251,9 +251,9 @@ class World:
     def _is_full(self, request: Request) -> bool:
         options, waiting = self.knobs.options, waiting_in(self.engine)
         width = request.beams.width if request.beams else request.n
-        queued = sum(group.tokens for group in waiting)
+        queued = sum(group.weight for group in waiting)
         most = options.queue_tokens or 4 * self.knobs.pages * self.knobs.size
-        over = queued + len(request.prompt) + width * request.max_tokens > most
+        over = queued + len(request.prompt) + width * min(request.max_tokens, 512) > most
         return len(waiting) >= options.queue or (bool(waiting) and over)
 
     def _step(self, op: Op) -> None:
@@ -400,7 +400,7 @@ class World:
             raise Violation(f"I1 I2 I3: {error}") from error
         waiting = waiting_in(self.engine)
         lobby = scheduler._lobby
-        hold(lobby._tokens == sum(g.tokens for g in waiting), "I15", "tokens that wait")
+        hold(lobby._tokens == sum(g.weight for g in waiting), "I15", "tokens that wait")
         pinned = sum(group.footprint for group in scheduler.running if group.pinned)
         hold(scheduler._pinned == pinned, "I15", "pages of pinned groups")
         hold(stats.waiting == len(waiting), "I15", "waiting")
