@@ -1,6 +1,7 @@
 """What this machine is: the device, the number format that suits it, threads, memory."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def pick_device(wish: str = "auto") -> torch.device:
     """`auto` is the GPU if one answers; a device that is not there is an error, not a fallback."""
     if wish == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", wish):
+        raise ValueError(f"device is {wish!r}; expected auto, cpu, cuda or cuda:1 and so on")
     device = torch.device(wish)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {wish!r} was asked for, and {why_no_gpu()}")

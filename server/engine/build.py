@@ -14,6 +14,7 @@ from model.cache import Rows
 from model.checkpoint import CheckpointError, locate
 from model.decoder import Decoder
 from model.start import DoesNotFitError, Ready, start
+from model.tokenfiles import TokenizerError
 from model.tokenizer import Tokenizer
 from server.engine.admission import Options
 from server.engine.engine import Engine
@@ -94,7 +95,7 @@ def assemble(
         ready = start(folder, rows=rows, **how)
     except DoesNotFitError as error:
         raise SettingError(str(error)) from error
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, TokenizerError, ValueError) as error:
         raise ModelError(str(error)) from error
     options = Options(
         seats=rows,

@@ -54,7 +54,8 @@ def main(socket_fd: int, heart_fd: int) -> int:
     try:
         engine = _build(blueprint)
     except Exception as error:
-        log.exception("The engine could not be built")
+        if not isinstance(error, KvistError):  # whose sentence says it all
+            log.exception("The engine could not be built")
         line.send(_last_words(error))
         return 1
     gc.collect()

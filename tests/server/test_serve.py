@@ -270,7 +270,7 @@ def test_a_taken_port_is_said_before_anything_is_loaded(running: Process) -> Non
         (["--prot", "1"], 2, "unrecognized arguments: --prot"),
         (["--port", "many"], 2, "--port is 'many'"),
         (["--api-keys", "/nowhere/keys"], 1, "/nowhere/keys cannot be read"),
-        (["--quantize", "fp8"], 2, "fp8"),
+        (["--quantize", "int3"], 2, "int3"),
     ],
 )
 def test_bad_starts_are_one_line(arguments: list[str], status: int, says: str) -> None:
@@ -282,14 +282,16 @@ def test_bad_starts_are_one_line(arguments: list[str], status: int, says: str) -
 
 
 @pytest.mark.slow
-def test_a_model_that_is_none_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_model_that_is_none_is_named(name: str, tmp_path: Path) -> None:
     """T44, the part of the start: an exit status and one line."""
     make(tmp_path)
-    (tmp_path / "config.json").write_text("{")
+    (tmp_path / name).write_text("{")
     made = Process(str(tmp_path))
     assert made.wait() == 1
-    assert "config.json" in made.lines[-1]
+    assert name in made.lines[-1]
     assert made.lines[-1].startswith("kvist: ")
+    assert not any("Traceback" in line for line in made.lines)
 
 
 def test_help_loads_nothing_heavy() -> None:
