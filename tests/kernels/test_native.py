@@ -1,5 +1,6 @@
 """The CPU's own kernels against the twins, and bit for bit against themselves in other company."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -64,12 +65,24 @@ def test_linear_int8_is_exact_in_integers(rows: int, inner: int, out: int) -> No
 def test_a_row_is_the_same_in_any_company(kind: str) -> None:
     weight, x = chance(100, 260), chance(37, 260, seed=3)
     if kind == "int8":
+        if not native.has_int8():
+            pytest.skip("this processor has no AVX-512 VNNI")
         packed = native.pack((weight * 30).round().clamp(-127, 127).to(torch.int8), torch.ones(100))
     else:
         packed = native.pack(weight.to(getattr(torch, kind)))
     together = native.linear(x, packed)
     for some in (slice(0, 1), slice(3, 10), slice(11, 36)):
         assert torch.equal(native.linear(x[some], packed), together[some])
+
+
+def test_callers_on_many_threads() -> None:
+    """Only one of them gets the workers; the others work alone, and all get the same."""
+    packed = native.pack(chance(500, 300))
+    inputs = [chance(9, 300, seed=seed) for seed in range(60)]
+    expected = [native.linear(x, packed) for x in inputs]
+    with ThreadPoolExecutor(4) as crowd:
+        found = list(crowd.map(lambda x: native.linear(x, packed), inputs))
+    assert all(map(torch.equal, found, expected))
 
 
 def paged(
