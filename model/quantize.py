@@ -1,58 +1,89 @@
-"""Int8 weights in the place of float ones: applied to a decoder from outside.
+"""Weights in fewer bits in the place of float ones: applied to a decoder from outside.
 
-The products inside the layers become int8, by output channel or by groups of a row. What stays
+The products inside the layers are rounded, by output channel or by groups of a row. What stays
 float is small, or its error costs more than its bytes: embedding, head, norms, biases, routers,
 and the stacks of experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.linear import Int8Weight, Weight, quantize_int8
+from kernels.linear import (
+    Fp8Weight,
+    Int4Weight,
+    Int8Weight,
+    Quantised,
+    Weight,
+    quantize_fp8,
+    quantize_int4,
+    quantize_int8,
+)
 from model import memory
 from model.decoder import Decoder, Linear
+
+Quantize = Literal["none", "int8", "int4", "fp8"]
 
 PIECE = 1 << 18  # weights rounded at once: their float32 copies stay in the cache, measured 10×
 
 
+@dataclass(frozen=True)
+class Format:
+    room: Callable[[Tensor, Tensor], Quantised]
+    round: Callable[[Tensor, int], Quantised]  # a weight by so many groups of a row
+    values: torch.dtype
+    bits: int
+    groups: tuple[int, ...] = ()  # weights a scale, unless told: the first that divides a row
+
+
+FORMATS = {
+    "int8": Format(Int8Weight, quantize_int8, torch.int8, 8),
+    "int4": Format(Int4Weight, quantize_int4, torch.uint8, 4, (128, 64, 32)),
+    "fp8": Format(Fp8Weight, quantize_fp8, torch.float8_e4m3fn, 8),
+}
+
+
 def chosen(decoder: Decoder) -> Iterator[str]:
-    """Names of the weights that become int8."""
+    """Names of the weights that are rounded."""
     for name, module in decoder.named_modules():
         routes = name.endswith((".router", ".shared_gate"))
         if isinstance(module, Linear) and name.startswith("layers.") and not routes:
             yield f"{name}.weight"
 
 
-def quantize(decoder: Decoder, group: int = 0) -> None:
+def quantize(decoder: Decoder, kind: str, group: int = 0) -> None:
     """Rounds a decoder whose weights are loaded, each matrix before the next."""
     for name in list(chosen(decoder)):
         weight = decoder.get_parameter(name)
-        room = empty(weight.shape, group, weight.device)
+        room = empty(weight.shape, kind, group, weight.device)
         fill(room, slice(None), weight.detach())
         put(decoder, name, room)
 
 
-def empty(shape: torch.Size, group: int, device: torch.device | str) -> Int8Weight:
-    """Room for a weight [out, in], with a scale for each `group` weights of a row (0: a row)."""
+def empty(shape: torch.Size, kind: str, group: int, device: torch.device | str) -> Quantised:
+    """Room for a weight [out, in], with a scale for each `group` weights of a row (0: the usual)"""
     out, inner = shape
-    group = group or inner
-    if inner % group:
+    form = FORMATS[kind]
+    group = group or next((size for size in form.groups if inner % size == 0), inner)
+    if inner % group or (form.bits == 4 and group % 2):
         raise ValueError(f"rows of {inner} weights cannot be cut into groups of {group}")
-    return Int8Weight(
-        memory.empty((out, inner), torch.int8, device),
+    return form.room(
+        memory.empty((out, inner * form.bits // (8 * form.values.itemsize)), form.values, device),
         memory.empty((out, inner // group), torch.float32, device),
     )
 
 
-def fill(room: Int8Weight, rows: slice, weight: Tensor) -> None:
+def fill(room: Quantised, rows: slice, weight: Tensor) -> None:
     """Rounds `weight` into these rows of the room, on its device, piece by piece."""
     values, scales = room.values[rows], room.scales[rows]
+    form = next(form for form in FORMATS.values() if form.room is type(room))
     step = max(1, PIECE // weight.shape[1])
     for at in range(0, len(weight), step):
         floats = weight[at : at + step].to(values.device).contiguous()
-        piece = quantize_int8(floats, scales.shape[1])
+        piece = form.round(floats, scales.shape[1])
         values[at : at + step] = piece.values
         scales[at : at + step] = piece.scales
 

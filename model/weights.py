@@ -6,16 +6,16 @@ is mapped, copied straight to where it stays, checked, and unmapped: memory neve
 the model and one tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from kernels.linear import Int8Weight
+from kernels.linear import Quantised
 from model import quantize
 from model.checkpoint import CheckpointError
 from model.config import ModelConfig
@@ -26,7 +26,7 @@ from model.memory import empty
 
 BAR = 256 << 20  # bytes from which a progress bar is worth showing
 
-Room = Tensor | Int8Weight
+Room = Tensor | Quantised
 
 
 def load(
@@ -34,27 +34,28 @@ def load(
     *,
     dtype: torch.dtype | str = "auto",
     device: torch.device | str = "cpu",
-    quantization: Literal["none", "int8"] = "none",
+    quantization: quantize.Quantize = "none",
     group: int = 0,
     context: int = 0,
 ) -> Decoder:
     """The decoder of a checkpoint.
 
     dtype: a format or its name; "auto" keeps what is stored where the device is good at it.
-    group: int8 has a scale for each `group` weights of a row; 0: one for the whole row.
+    group: a quantised row has a scale for each `group` weights; 0: as suits the format.
     context: the longest text that will be served; 0: the model's own.
     """
-    if quantization not in ("none", "int8"):
-        raise ValueError(f"quantization {quantization!r} is not known; expected none or int8")
+    if quantization not in ("none", *quantize.FORMATS):
+        known = ", ".join(("none", *quantize.FORMATS))
+        raise ValueError(f"quantization {quantization!r} is not known; expected one of {known}")
     device = torch.device(device)
     manifest = read_manifest(folder)
     if isinstance(dtype, str):
         dtype = pick_dtype(dtype, device, manifest.dtype)
     decoder = build(manifest.config, dtype, device, context)
     check(manifest, decoder)
-    int8 = set(quantize.chosen(decoder)) if quantization == "int8" else set[str]()
-    _check_memory(decoder, int8, device)
-    rooms = _furnish(decoder, int8, group, device)
+    kinds = {} if quantization == "none" else dict.fromkeys(quantize.chosen(decoder), quantization)
+    _check_memory(decoder, kinds, device)
+    rooms = _furnish(decoder, kinds, group, device)
     for move in _shown(manifest.moves):
         _fill(rooms[move.place.name], move)
     return decoder
@@ -95,12 +96,14 @@ def build(config: ModelConfig, dtype: torch.dtype, device: torch.device, context
     return decoder
 
 
-def _check_memory(decoder: Decoder, int8: set[str], device: torch.device) -> None:
+def _check_memory(decoder: Decoder, kinds: Mapping[str, str], device: torch.device) -> None:
     """Said now, with numbers, instead of dying in the middle."""
-    need = sum(
-        weight.numel() * (1 if name in int8 else weight.itemsize)
+    bits = sum(
+        weight.numel()
+        * (quantize.FORMATS[kinds[name]].bits if name in kinds else 8 * weight.itemsize)
         for name, weight in decoder.named_parameters()
     )
+    need = bits // 8
     have = free_memory(device)
     if need > have:
         raise CheckpointError(
@@ -109,12 +112,14 @@ def _check_memory(decoder: Decoder, int8: set[str], device: torch.device) -> Non
         )
 
 
-def _furnish(decoder: Decoder, int8: set[str], group: int, device: torch.device) -> dict[str, Room]:
+def _furnish(
+    decoder: Decoder, kinds: Mapping[str, str], group: int, device: torch.device
+) -> dict[str, Room]:
     """Room for every weight, and in the decoder. Memory that is not written is not yet taken."""
     rooms: dict[str, Room] = {}
     for name, shape in list(decoder.named_parameters()):
-        if name in int8:
-            rooms[name] = _int8_room(decoder, name, shape, group, device)
+        if name in kinds:
+            rooms[name] = _small_room(decoder, name, shape, kinds[name], group, device)
             continue
         rooms[name] = weight = empty(shape.shape, shape.dtype, device)
         owner, _, leaf = name.rpartition(".")
@@ -122,13 +127,13 @@ def _furnish(decoder: Decoder, int8: set[str], group: int, device: torch.device)
     return rooms
 
 
-def _int8_room(
-    decoder: Decoder, name: str, shape: Tensor, group: int, device: torch.device
-) -> Int8Weight:
+def _small_room(
+    decoder: Decoder, name: str, shape: Tensor, kind: str, group: int, device: torch.device
+) -> Quantised:
     try:
-        room = quantize.empty(shape.shape, group, device)
+        room = quantize.empty(shape.shape, kind, group, device)
     except ValueError as error:
-        raise CheckpointError(f"{name} cannot become int8: {error}") from error
+        raise CheckpointError(f"{name} cannot become {kind}: {error}") from error
     quantize.put(decoder, name, room)
     return room
 

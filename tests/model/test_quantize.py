@@ -1,4 +1,4 @@
-"""Int8 weights, against plain numpy and against the float decoder they stand for."""
+"""Weights in fewer bits, against plain numpy and against the float decoder they stand for."""
 
 from pathlib import Path
 
@@ -8,13 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kernels.linear import Int8Weight, dequantize
+from kernels.linear import Fp8Weight, Int4Weight, Int8Weight, Quantised, dequantize
 from model import quantize
 from model.cache import Rows
-from model.checkpoint import CheckpointError
+from model.checkpoint import CheckpointError, locate
 from model.decoder import Decoder
+from model.tokenizer import Tokenizer
 from model.weights import load
 from tests.model.families import make
+
+DEFAULT = locate(None)
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +27,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def int8_weights(decoder: Decoder) -> dict[str, Int8Weight]:
+def rounded_weights(decoder: Decoder) -> dict[str, Quantised]:
     return {
         f"{name}.weight": module.weight
         for name, module in decoder.named_modules()
-        if isinstance(getattr(module, "weight", None), Int8Weight)
+        if isinstance(getattr(module, "weight", None), Int8Weight | Int4Weight | Fp8Weight)
     }
 
 
@@ -58,7 +61,7 @@ def test_rounding_equals_numpy(dtype: torch.dtype, group: int, turned: bool) -> 
     weight[7] = 0
     weight[9, 3] = 60_000  # one giant drowns its row; the other rows do not notice
     weight = weight.T.contiguous().T if turned else weight
-    room = quantize.empty(torch.Size((310, 192)), group, "cpu")
+    room = quantize.empty(torch.Size((310, 192)), "int8", group, "cpu")
     values, scales = oracle(weight.float().numpy(), group)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantize, "PIECE", 192 * 37)
@@ -75,7 +78,7 @@ def test_rounding_equals_numpy(dtype: torch.dtype, group: int, turned: bool) -> 
 def test_what_becomes_int8_and_what_stays(tmp_path: Path) -> None:
     make("mixtral", tmp_path)
     decoder = load(tmp_path, dtype="float32", quantization="int8")
-    rounded = int8_weights(decoder)
+    rounded = rounded_weights(decoder)
     assert set(rounded) == {
         f"layers.{i}.attention.{x}.weight" for i in range(3) for x in ("qkv", "out")
     }
@@ -85,14 +88,16 @@ def test_what_becomes_int8_and_what_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label", ["llama", "gpt2", "bloom", "phi3"])
-@pytest.mark.parametrize("group", [0, 16])
-def test_on_load_equals_after_load(label: str, group: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "group"), [("int8", 0), ("int8", 16), ("int4", 0), ("fp8", 0)])
+def test_on_load_equals_after_load(
+    label: str, kind: quantize.Quantize, group: int, tmp_path: Path
+) -> None:
     """Tensor by tensor into stacked rows gives what rounding the whole decoder gives."""
     make(label, tmp_path)
-    ours = load(tmp_path, dtype="float32", quantization="int8", group=group)
+    ours = load(tmp_path, dtype="float32", quantization=kind, group=group)
     whole = load(tmp_path, dtype="float32")
-    quantize.quantize(whole, group)
-    one, other = int8_weights(ours), int8_weights(whole)
+    quantize.quantize(whole, kind, group)
+    one, other = rounded_weights(ours), rounded_weights(whole)
     assert one.keys() == other.keys()
     assert len(one) == 3 * 4
     for name, weight in one.items():
@@ -116,13 +121,47 @@ def test_smaller_groups_are_closer(folder: Path) -> None:
     whole = dict(load(folder, dtype="float32").named_parameters())
 
     def error(group: int) -> float:
-        rounded = int8_weights(load(folder, dtype="float32", quantization="int8", group=group))
+        rounded = rounded_weights(load(folder, dtype="float32", quantization="int8", group=group))
         return sum(
             (dequantize(weight, torch.float32) - whole[name]).norm().item()
             for name, weight in rounded.items()
         )
 
     assert error(8) < error(16) < error(0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "most"), [("int8", 0.005), ("fp8", 0.015), ("int4", 0.3)]
+)  # measured: 0.0015, 0.0048, 0.09 nats
+def test_the_embedded_model_says_nearly_the_same(
+    kind: quantize.Quantize, most: float, text: Tensor
+) -> None:
+    whole, ours = (chances(kind, text) for kind in ("none", kind))
+    divergence = (whole.exp() * (whole - ours)).sum(-1).mean().item()
+    assert 0 < divergence < most
+
+
+@pytest.fixture(scope="module")
+def text() -> Tensor:
+    """Code, of which the embedded model was made."""
+    words = Tokenizer.load(DEFAULT)
+    return torch.tensor(words.encode(Path(quantize.__file__).read_text())[:256])
+
+
+def chances(kind: quantize.Quantize, text: Tensor) -> Tensor:
+    decoder = load(DEFAULT, dtype="float32", quantization=kind)
+    with torch.inference_mode():
+        found = decoder.logits(decoder(text, Rows.alone([len(text)])))
+    return found.double().log_softmax(-1)
+
+
+def test_four_bits_take_the_largest_group_that_fits() -> None:
+    for inner, group in ((256, 128), (704, 64), (96, 32), (50, 50)):
+        room = quantize.empty(torch.Size((3, inner)), "int4", 0, "cpu")
+        assert room.values.shape == (3, inner // 2)
+        assert room.scales.shape == (3, inner // group)
+    with pytest.raises(ValueError, match="rows of 7 weights cannot be cut into groups of 7"):
+        quantize.empty(torch.Size((3, 7)), "int4", 0, "cpu")
 
 
 def test_a_group_that_does_not_divide_is_refused(folder: Path) -> None:
