@@ -18,6 +18,7 @@ from tqdm import tqdm
 from benchmarks import harness, limits
 from model.cache import Cache
 from model.device import cores
+from model.quantize import FORMATS
 from model.sampling import Sampling
 from server import Engine
 from server.engine.request import Request
@@ -48,10 +49,11 @@ def token_times(engine: Engine, prompt: int, batch: int) -> tuple[float, list[fl
 def weights(engine: Engine) -> tuple[int, int]:
     """Bytes that a step reads of them, and parameters that multiply."""
     config, about = engine.parts.ready.config, engine.info
-    each = {"int8": 1}.get(about["quantize"], about["weight_bytes"])
+    form = FORMATS.get(about["quantize"])
+    bits = form.bits if form else 8 * about["weight_bytes"]
     embedded = 0 if config.tied else config.vocabulary * config.hidden
     used = about["parameters"] - embedded
-    return used * each, used
+    return used * bits // 8, used
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a folder or hub name; nothing: the embedded one")
     parser.add_argument("--prompts", type=int, nargs="+", default=[16, 256, 768])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--quantize", choices=["none", "int8"], default="none")
+    parser.add_argument("--quantize", choices=["none", *FORMATS], default="none")
     options = parser.parse_args()
     torch.set_num_threads(options.threads or cores())
     ceiling = limits.measure(3)

@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 
 from benchmarks import harness
+from model.quantize import FORMATS
 from model.sampling import Sampling
 from server import Engine
 from server.engine.request import Request
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="a folder or hub name; nothing: the embedded one")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--rates", type=float, nargs="*", default=[4.0])
-    parser.add_argument("--quantize", choices=["none", "int8"], default="none")
+    parser.add_argument("--quantize", choices=["none", *FORMATS], default="none")
     options = parser.parse_args()
     rows: list[harness.Row] = []
     for shared in (False, True):

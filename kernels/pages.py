@@ -126,21 +126,24 @@ def store_reference(
     return query
 
 
-def copy_pages(cache: Tensor, copies: Tensor) -> None:
+def copy_pages(cache: Tensor, copies: Tensor, scales: Tensor | None = None) -> None:
     """Copies the first `slots` tokens of page `from` to page `to`, in every layer, keys and values.
 
-    cache [layers, 2, pages, kv_heads, page, dim], copies [n, 3]: from, to, slots. All are read
-    before any is written, in effect: no page is both written and read.
+    cache [layers, 2, pages, kv_heads, page, dim], copies [n, 3]: from, to, slots; scales [layers,
+    2, pages, kv_heads, page] of int8 and fp8 pages. All are read before any is written, in effect:
+    no page is both written and read.
     """
     if copies.shape[0]:
-        _COPY_PAGES(cache, copies)
+        _COPY_PAGES(cache, copies, scales)
 
 
-def copy_pages_reference(cache: Tensor, copies: Tensor) -> None:
+def copy_pages_reference(cache: Tensor, copies: Tensor, scales: Tensor | None = None) -> None:
     slots = torch.arange(cache.shape[4], device=cache.device)
     source, target, counts = copies.long().unbind(1)
-    kept = (slots < counts[:, None])[:, None, :, None]  # [n, 1, page, 1]
-    cache[:, :, target] = torch.where(kept, cache[:, :, source], cache[:, :, target])
+    kept = (slots < counts[:, None])[:, None, :]  # [n, 1, page]
+    cache[:, :, target] = torch.where(kept[..., None], cache[:, :, source], cache[:, :, target])
+    if scales is not None:
+        scales[:, :, target] = torch.where(kept, scales[:, :, source], scales[:, :, target])
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -182,8 +185,8 @@ def _trial_store(probe: Probe) -> Iterator[Call]:
         "table": None if probe.turned == 0 else _angles(probe),
         "at": torch.arange(tokens, device=probe.device),
         "interleaved": probe.interleaved,
-        "query_norm": probe.random(dim, seed=1) if probe.normed else None,
-        "key_norm": probe.random(dim, seed=2) if probe.normed else None,
+        "query_norm": probe.random(dim, seed=1).float() if probe.normed else None,
+        "key_norm": probe.random(dim, seed=2).float() if probe.normed else None,
         "key_scales": scale,
         "value_scales": scale,
     }
@@ -192,14 +195,11 @@ def _trial_store(probe: Probe) -> Iterator[Call]:
 
 def _trial_copy(probe: Probe) -> Iterator[Call]:
     cache = probe.random(2, 2, 6, probe.kv_heads, probe.page, probe.head_dim)
-    copies = [[0, 5, probe.page], [3, 1, 1], [2, 4, 0]]
-    yield Call(
-        (
-            cache.to(probe.page_dtype or probe.dtype),
-            torch.tensor(copies, dtype=torch.int32, device=probe.device),
-        ),
-        {},
-    )
+    numbers = [[0, 5, probe.page], [3, 1, 1], [2, 4, 0]]
+    copies = torch.tensor(numbers, dtype=torch.int32, device=probe.device)
+    dtype = probe.page_dtype or probe.dtype
+    scales = probe.random(*cache.shape[:-1], seed=1).float() if dtype in LARGEST else None
+    yield Call((cache.to(dtype), copies, scales), {})
 
 
 def _angles(probe: Probe) -> Tensor:

@@ -126,7 +126,7 @@ def _store(
 
 @triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_FREE)
 def _copy(
-    cache, copies, pages,
+    cache, scales, copies, pages,
     HEADS: tl.constexpr, PAGE: tl.constexpr, WORDS: tl.constexpr, PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -137,10 +137,14 @@ def _copy(
     w = tl.arange(0, PADDED)
     layer = tl.program_id(1).to(tl.int64) * pages
     inside = t[:, None] * WORDS + w[None, :]
-    known = ((t % PAGE < count) & (t < HEADS * PAGE))[:, None] & (w[None, :] < WORDS)
-    source = cache + (layer + tl.load(copy)) * (HEADS * PAGE * WORDS)
-    target = cache + (layer + tl.load(copy + 1)) * (HEADS * PAGE * WORDS)
-    tl.store(target + inside, tl.load(source + inside, mask=known), mask=known)
+    there = (t % PAGE < count) & (t < HEADS * PAGE)
+    known = there[:, None] & (w[None, :] < WORDS)
+    source = (layer + tl.load(copy)) * (HEADS * PAGE)
+    target = (layer + tl.load(copy + 1)) * (HEADS * PAGE)
+    words = tl.load(cache + source * WORDS + inside, mask=known)
+    tl.store(cache + target * WORDS + inside, words, mask=known)
+    if scales is not None:
+        tl.store(scales + target + t, tl.load(scales + source + t, mask=there), mask=there)
 
 
 HEADS_A_BLOCK = 8  # 1024 channels of 128: two 16-byte loads a thread of two warps
@@ -192,14 +196,14 @@ def rotate_triton(x: Tensor, table: Tensor, at: Tensor, interleaved: bool = Fals
     )
 
 
-def copy_pages_triton(cache: Tensor, copies: Tensor) -> None:
+def copy_pages_triton(cache: Tensor, copies: Tensor, scales: Tensor | None = None) -> None:
     layers, _, pages, heads, page, dim = cache.shape
     words = dim * cache.element_size() // 4
     padded = _power(words)
     block = min(_power(heads * page), BYTES_A_BLOCK // (4 * padded))
     grid = copies.shape[0], layers * 2, -(-heads * page // block)
     launch(
-        _copy, grid, cache.view(torch.int32), copies, pages,
+        _copy, grid, cache.view(torch.int32), scales, copies, pages,
         HEADS=heads, PAGE=page, WORDS=words, PADDED=padded, BLOCK=block, num_warps=4,
     )  # fmt: skip
 

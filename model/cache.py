@@ -9,6 +9,7 @@ from kernels.sharing import Shared
 from model.config import ModelConfig
 
 PAGE = 16  # tokens of a page, unless told otherwise
+FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # that pages may have beside floats
 NOTHING = torch.empty(0, dtype=torch.int32)
 
 
@@ -52,12 +53,22 @@ class Cache:
     ) -> None:
         shape = (config.layers, 2, pages, config.kv_heads, page_size, config.head_dim)
         self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.scales: Tensor | None = None  # a token and head, of pages in fewer bits
+        if dtype in FORMATS.values():
+            self.scales = torch.zeros(shape[:-1], device=device)
         self.page_size = page_size
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values [pages, kv_heads, page_size, head_dim]."""
         return self.pages[index, 0], self.pages[index, 1]
 
+    def layer_scales(self, index: int) -> dict[str, Tensor | None]:
+        """Theirs, [pages, kv_heads, page_size]; None: they need none."""
+        found = (None, None) if self.scales is None else self.scales[index].unbind(0)
+        return dict(zip(("key_scales", "value_scales"), found, strict=True))
+
     @staticmethod
     def page_bytes(config: ModelConfig, page_size: int, dtype: torch.dtype) -> int:
-        return config.layers * 2 * config.kv_heads * page_size * config.head_dim * dtype.itemsize
+        scale = 4 if dtype in FORMATS.values() else 0
+        each = config.head_dim * dtype.itemsize + scale
+        return config.layers * 2 * config.kv_heads * page_size * each

@@ -26,6 +26,8 @@ from model.config import ModelConfig, Rope
 from model.positions import alibi_slopes, rope_table, sinusoid_table
 
 Watch = Callable[[str, int, Tensor], Tensor]
+# All layers in one call, where `pack.py` has one: -> the stream, and what the last layer adds
+Whole = Callable[[Tensor, Rows, Cache], tuple[Tensor, Tensor | None]]
 
 
 def _pass(_place: str, _layer: int, value: Tensor) -> Tensor:
@@ -140,6 +142,7 @@ class Attention(nn.Module):
         """Attention over pages, after this step's keys and values are written there."""
         config, rope = self.config, self.rope
         keys, values = cache.layer(self.index)
+        scales = cache.layer_scales(self.index)
         query = store(
             query,
             key,
@@ -153,6 +156,7 @@ class Attention(nn.Module):
             query_norm=self.q_norm.weight if self.fused and self.q_norm else None,
             key_norm=self.k_norm.weight if self.fused and self.k_norm else None,
             eps=config.norm_eps,
+            **scales,
         )
         return attention(
             query,
@@ -169,6 +173,7 @@ class Attention(nn.Module):
             sinks=self.sinks,
             slopes=place.slopes,
             shared=rows.shared,
+            **scales,
         )
 
     def _norm(self, norm: Norm, x: Tensor) -> Tensor:
@@ -360,6 +365,7 @@ class Decoder(nn.Module):
         if not config.tied:
             self.head = Linear(width, config.vocabulary, config.head_bias)
         self.place = Places(config, context)
+        self.whole: Whole | None = None
 
     def forward(
         self, tokens: Tensor, rows: Rows, cache: Cache | None = None, watch: Watch | None = None
@@ -367,16 +373,25 @@ class Decoder(nn.Module):
         """tokens [tokens] -> what the head reads, [tokens, hidden]"""
         see = watch or _pass
         x = see("embedding", -1, self._embed(tokens, rows.positions))
-        added: Tensor | None = None
-        for index, layer in enumerate(self.layers):
-            x, added = layer(x, added, rows, cache, self.place, see)
-            if watch is not None:
-                x, added = see("residual", index, x if added is None else x + added), None
+        x, added = self._layers(x, rows, cache, watch)
         if self.norm is not None:
             x, _ = self.norm.add(added, x)
         elif added is not None:
             x = x + added
         return see("normed", -1, x)
+
+    def _layers(
+        self, x: Tensor, rows: Rows, cache: Cache | None, watch: Watch | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream after the last layer, and what that one adds to it."""
+        if self.whole is not None and watch is None and cache is not None and cache.scales is None:
+            return self.whole(x, rows, cache)
+        added: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            x, added = layer(x, added, rows, cache, self.place, watch or _pass)
+            if watch is not None:
+                x, added = watch("residual", index, x if added is None else x + added), None
+        return x, added
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         config = self.config

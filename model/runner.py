@@ -53,7 +53,7 @@ class Runner:
         if len(batch.forks):
             self.seats.fork(batch.forks)
         if len(batch.copies):
-            copy_pages(self.cache.pages, self._up(batch.copies))
+            copy_pages(self.cache.pages, self._up(batch.copies), self.cache.scales)
         if self.graphs is not None and self.graphs.fits(batch):
             return self._down(self._replay(self.graphs, batch))
         row, positions = _places(batch)

@@ -8,13 +8,15 @@ from typing import Any, Literal
 import torch
 
 from kernels import backend, native
-from kernels.backend import Choice, Probe, verify
+from kernels.backend import Choice, verify
 from model import device as machine
-from model.cache import PAGE, Cache
+from model.cache import FORMATS, PAGE, Cache
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.pack import pack_decoder
+from model.quantize import Quantize
 from model.runner import Runner
+from model.trust import probes
 from model.weights import load
 
 RESERVE = 512 << 20  # bytes left for what a step computes
@@ -40,7 +42,8 @@ def start(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    quantize: Literal["none", "int8"] = "none",
+    quantize: Quantize = "none",
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto",
     context: int | None = None,
     pages: int | None = None,
     page_size: int = PAGE,
@@ -65,20 +68,20 @@ def start(
     if where.type == "cpu" and kernels != "reference":
         ways = _enable_native(decoder, quantize == "int8", threads)
         stored = stored if ways else torch.float32  # what native kernels compute in
-        if not (ways or config.experts):
+        if not (ways or config.experts or _in_torch(where, quantize, kv_dtype)):
             # What is left to torch is small: threads that meet after each of its operations would
             # wait for their turns on a busy machine, for longer than all the work takes.
             torch.set_num_threads(1)
-    if deterministic and (ways or where.type != "cpu"):
+    if deterministic and (why_not := ways or _in_torch(where, quantize, kv_dtype)):
         raise DoesNotFitError(
             "--deterministic needs the native CPU kernels, whose sums do not depend on the batch; "
-            f"here, {ways or 'the device is a GPU, where large products are cuBLAS’s'}"
+            f"here, {why_not}"
         )
-    pages = pages or _fitting(config, stored, where, memory, page_size, rows * context)
-    cache = Cache(config, pages, page_size, stored, where)
+    kept = FORMATS.get(kv_dtype, stored)
+    pages = pages or _fitting(config, kept, where, memory, page_size, rows * context)
+    cache = Cache(config, pages, page_size, kept, where)
     runner = Runner(decoder, cache, rows)
-    probe = Probe(where, stored, config.heads, config.kv_heads, config.head_dim, page=page_size)
-    choices = verify(probe)
+    choices = [verify(probe) for probe in probes(config, cache, stored)][-1]
     about = {
         "family": config.family,
         "parameters": parameters,
@@ -86,9 +89,11 @@ def start(
         "device": _name(where),
         "dtype": str(stored).removeprefix("torch."),
         "quantize": quantize,
+        "kv_dtype": str(kept).removeprefix("torch."),
         "threads": threads,
         "native": ways or "yes",
         "kernels": {choice.kernel: f"{choice.way}: {choice.reason}" for choice in choices},
+        "warnings": _warnings(where, quantize, kv_dtype, choices),
         "pages": pages,
         "page_size": page_size,
         "capacity": pages * page_size,
@@ -108,6 +113,31 @@ def _enable_native(decoder: Decoder, int8: bool, threads: int) -> str:
     return ""
 
 
+def _in_torch(where: torch.device, quantize: str, kv_dtype: str) -> str:
+    """What of a step native kernels cannot do; empty: nothing."""
+    if where.type != "cpu":
+        return "the device is a GPU, where large products are cuBLAS’s"
+    if quantize in ("int4", "fp8"):
+        return f"--quantize {quantize} has no native product"
+    if kv_dtype != "auto":
+        return f"--kv-dtype {kv_dtype} has no native attention"
+    return ""
+
+
+def _warnings(
+    where: torch.device, quantize: str, kv_dtype: str, choices: list[Choice]
+) -> list[str]:
+    """What whoever started this did not expect, for the log."""
+    if where.type == "cpu":
+        why = _in_torch(where, quantize, kv_dtype)
+        return [f"{why}, so torch's way serves: right, and several times as slow"] if why else []
+    return [
+        f"{choice.kernel} runs in plain torch, which is slow: {choice.reason}"
+        for choice in choices
+        if choice.way == "torch"
+    ]
+
+
 def _fitting(
     config: ModelConfig,
     dtype: torch.dtype,
@@ -124,7 +154,8 @@ def _fitting(
     if pages < 2:
         raise DoesNotFitError(
             f"{_name(where)} has {free >> 20} MiB free after the weights, and one page of "
-            f"{page_size} tokens takes {size >> 20} MiB: use --quantize int8 or a smaller model"
+            f"{page_size} tokens takes {size >> 20} MiB: use --quantize int8, --kv-dtype int8 or a "
+            "smaller model"
         )
     return pages
 

@@ -6,7 +6,7 @@ from server.config import Settings
 
 PLAIN = (
     *("model", "dtype", "quantize", "context", "device", "kernels", "threads", "memory", "pages"),
-    *("page_size", "rows", "step_tokens", "prefix_cache", "draft", "deterministic"),
+    *("page_size", "kv_dtype", "rows", "step_tokens", "prefix_cache", "draft", "deterministic"),
 )
 
 

@@ -67,7 +67,7 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "model", "precision of the weights and products"
     )
-    quantize: Literal["none", "int8"] = option(
+    quantize: Literal["none", "int8", "int4", "fp8"] = option(
         "none", "model", "store the weights in fewer bits", "--quantization"
     )
     context: int | None = option(
@@ -84,6 +84,9 @@ class Settings:
     )
     pages: int | None = option(None, "engine", "KV pages, instead of as many as fit")
     page_size: int = option(16, "engine", "tokens in a page", "--block-size")
+    kv_dtype: Literal["auto", "int8", "fp8"] = option(
+        "auto", "engine", "store KV pages in fewer bits; auto: as computed", "--kv-cache-dtype"
+    )
     rows: int = option(256, "engine", "most sequences in a step", "--max-num-seqs")
     step_tokens: int = option(2048, "engine", "most tokens in a step", "--max-num-batched-tokens")
     prefix_cache: bool = option(

@@ -125,6 +125,8 @@ async def _open(front: Front, client: Client, url: str) -> None:
     gc.collect()
     gc.freeze()
     log.info("%s", _greeting(front.served, info, url))
+    for warning in info.get("warnings", ()):
+        log.warning("%s", warning)
 
 
 def _served(settings: Settings, info: dict[str, Any]) -> Served:

@@ -121,6 +121,18 @@ def test_pages_are_copied_in_all_layers_up_to_a_slot() -> None:
     assert torch.equal(cache, wanted)
 
 
+def test_scales_are_copied_with_their_pages() -> None:
+    scales = torch.randn(3, 2, 6, 2, 4)
+    wanted = scales.clone()
+    wanted[:, :, 1, :, :3] = scales[:, :, 5, :, :3]
+    copy_pages(
+        torch.zeros(3, 2, 6, 2, 4, 8).to(torch.int8),
+        torch.tensor([[5, 1, 3]], dtype=torch.int32),
+        scales,
+    )
+    assert torch.equal(scales, wanted)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -1,0 +1,99 @@
+"""Pages in fewer bits through the whole engine: what holds with floats holds with them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.cache import FORMATS, Cache
+from model.decoder import Decoder
+from model.runner import Runner
+from model.sampling import Sampling
+from model.weights import load
+from server import Engine as OfflineEngine
+from server.engine.admission import Options
+from server.engine.engine import Engine
+from server.engine.pages import Pages
+from server.engine.request import Beams, Event, Request
+from server.errors import SettingError
+from tests.server.test_engine import run
+from tests.server.tiny import VOCABULARY, make
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    return load(make(tmp_path_factory.mktemp("tiny")), dtype=torch.float32)
+
+
+def engine_of(
+    decoder: Decoder, dtype: torch.dtype, pages: int, chunk: int, caching: bool
+) -> Engine:
+    runner = Runner(decoder, Cache(decoder.config, pages, 4, dtype), seats=16)
+    options = Options(
+        seats=16, budget=32, chunk=chunk, vocabulary=VOCABULARY, queue_tokens=1 << 20, draft=2
+    )
+    return Engine(runner, Pages(pages, 4, caching=caching), options)
+
+
+def requests() -> list[Request]:
+    """Beginnings in common; greedy, drawn, two choices, and beams that copy pages."""
+    trunk = [i * 37 % 250 for i in range(30)]
+    return [
+        Request(
+            id=str(i),
+            prompt=[*trunk[: 7 + i * 11 % 20], i],
+            max_tokens=12 + i % 5,
+            sampling=GREEDY if i % 3 == 2 else Sampling(temperature=i % 2, seed=i),
+            n=1 + (i == 1),
+            beams=Beams(width=3) if i % 3 == 2 else None,
+            logprobs=1,
+        )
+        for i in range(9)
+    ]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_any_mix_gives_what_each_gets_alone(decoder: Decoder, name: str) -> None:
+    """Preempted, chunked, copied on write, found in the prefix cache, drafted: the same tokens."""
+    dtype = FORMATS[name]
+    engine = engine_of(decoder, dtype, pages=22, chunk=5, caching=True)
+    together = run(engine, requests())
+    assert engine.stats.preemptions > 0
+    assert engine.stats.cache_hits > 0
+    for request in requests():
+        alone = engine_of(decoder, dtype, pages=64, chunk=0, caching=False)
+        expected = run(alone, [request])[request.id]
+        for choice, other in zip(_told(together[request.id]), _told(expected), strict=True):
+            assert choice.tokens == other.tokens
+            assert choice.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+
+
+def _told(event: Event) -> list[Any]:
+    assert event.error is None
+    return sorted(event.choices, key=lambda choice: choice.index)
+
+
+def test_a_flag_is_all_it_takes(tmp_path: Path) -> None:
+    """As the server starts it: more tokens in as much memory, and nearly the same text."""
+    folder, prompts = make(tmp_path), ["one", "two and more", "three"]
+    said, about = [], []
+    for kv_dtype in ("auto", "int8"):
+        engine = OfflineEngine(str(folder), device="cpu", pages=64, kv_dtype=kv_dtype)
+        events = engine.generate(prompts, max_tokens=8, sampling=GREEDY)
+        said.append([event.choices[0].tokens for event in events])
+        about.append(engine.info)
+    assert about[1]["kv_dtype"] == "int8"
+    assert about[0]["warnings"] == []
+    assert any("--kv-dtype int8" in warning for warning in about[1]["warnings"])
+    same = [one == other for ours, theirs in zip(*said) for one, other in zip(ours, theirs)]
+    assert sum(same) > len(same) / 2
+
+
+def test_what_depends_on_the_batch_is_not_called_deterministic(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="--kv-dtype fp8 has no native attention"):
+        OfflineEngine(
+            str(make(tmp_path)), device="cpu", pages=64, kv_dtype="fp8", deterministic=True
+        )
