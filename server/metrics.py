@@ -5,10 +5,16 @@ No label comes from a client. What the engine counts is read from its stats at e
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
 from server.engine.process import Health
 from server.engine.request import Event, Stats
@@ -27,6 +33,9 @@ HISTOGRAMS = {
     "vllm:inter_token_latency_seconds": ("between two tokens of a request", BETWEEN),
     "vllm:request_time_per_output_token_seconds": ("a request's mean time a token", BETWEEN),
     "vllm:e2e_request_latency_seconds": ("from arrival to the end", WHOLE),
+    "vllm:request_queue_time_seconds": ("from arrival to the first step", WHOLE),
+    "vllm:request_prefill_time_seconds": ("from the first step to the first token", WHOLE),
+    "vllm:request_inference_time_seconds": ("from the first step to the last token", WHOLE),
     "vllm:request_decode_time_seconds": ("from the first token to the last", WHOLE),
     "vllm:request_prompt_tokens": ("tokens of a request's prompts", TOKENS),
     "vllm:request_generation_tokens": ("tokens that a request got", TOKENS),
@@ -70,20 +79,7 @@ class Metrics:
             buckets=LAG,
             registry=self.registry,
         )
-        self._gen_ai = {
-            name: Histogram(
-                f"gen_ai_server_{name}_seconds",
-                about,
-                TELEMETRY,
-                buckets=buckets,
-                registry=self.registry,
-            )
-            for name, about, buckets in (
-                ("request_duration", "from arrival to the end", WHOLE),
-                ("time_to_first_token", "from arrival to the first token", FIRST),
-                ("time_per_output_token", "a request's mean time a token", BETWEEN),
-            )
-        }
+        self._gen_ai = {name: self._telemetry(name) for name in GEN_AI}
         build = Gauge("build_info", "what runs here", ["version"], registry=self.registry)
         build.labels(version).set(1)
 
@@ -129,12 +125,15 @@ class Meter:
         self._metrics = metrics
         self.operation = operation
         self._clock = clock
-        self.began = clock()
+        self.began = self._sent = clock()
         self.first: float | None = None
         self._last = self.began
+        self._computed: float | None = None  # since when the engine computes
         self.tokens = 0
 
     def asked(self, prompt: int, n: int, tokens: int) -> None:
+        """It was read and understood, and goes to the engine."""
+        self._sent = self._clock()
         self._metrics.observe("request_prompt_tokens", prompt)
         self._metrics.observe("request_params_n", n)
         self._metrics.observe("request_params_max_tokens", tokens)
@@ -144,6 +143,10 @@ class Meter:
         for choice in event.choices:
             if choice.finish:
                 self._metrics.finished(choice.finish)
+        if event.prompt_tokens:  # the first of a prompt
+            self._metrics.observe("request_queue_time_seconds", event.queued)
+            if self._computed is None:
+                self._computed = self._sent + event.queued
         if not count:
             return
         now = self._clock()
@@ -162,8 +165,10 @@ class Meter:
         self._metrics.observe("e2e_request_latency_seconds", whole)
         self._metrics.telemetry("request_duration", self.operation, whole)
         self._metrics.observe("request_generation_tokens", self.tokens)
-        if self.first is not None:
-            decode = self._last - self.first
+        if self.first is not None and self._computed is not None:
+            decode, prefill = self._last - self.first, max(0.0, self.first - self._computed)
+            self._metrics.observe("request_prefill_time_seconds", prefill)
+            self._metrics.observe("request_inference_time_seconds", prefill + decode)
             each = decode / max(1, self.tokens - 1)
             self._metrics.observe("request_decode_time_seconds", decode)
             self._metrics.observe("request_time_per_output_token_seconds", each)
@@ -193,7 +198,18 @@ class _Engine:
             ("vllm:spec_decode_num_accepted_tokens", "guesses that were right", stats.accepted),
         ):
             yield self._many(CounterMetricFamily, name, about, [(self._labels, value)], LABELS)
+        yield self._sizes(stats)
         yield from self._ours(stats, health)
+
+    def _sizes(self, stats: Stats) -> Metric:
+        """How many tokens the steps had."""
+        sums = list(accumulate(stats.step_sizes))
+        buckets = [(f"{float(1 << i)}", count) for i, count in enumerate(sums)]
+        buckets.append(("+Inf", stats.steps))
+        name, about = "vllm:iteration_tokens_total", "tokens of a step"
+        family = HistogramMetricFamily(name, about, labels=LABELS)
+        family.add_metric(self._labels, buckets, stats.step_tokens)
+        return family
 
     def _ours(self, stats: Stats, health: Health) -> Iterator[Metric]:
         yield self._gauge("vllm:engine_healthy", "1 when the engine can serve", health.ready)

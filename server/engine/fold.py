@@ -15,6 +15,7 @@ def join(old: Event, new: Event) -> Event:
     old.error, old.code = new.error, new.code
     old.prompt_tokens = old.prompt_tokens or new.prompt_tokens
     old.cached_tokens = old.cached_tokens or new.cached_tokens
+    old.queued = old.queued or new.queued
     old.prompt_logprobs = old.prompt_logprobs or new.prompt_logprobs
     old.beam_rows = new.beam_rows
     old.tree = b"\n".join(part for part in (old.tree, new.tree) if part)

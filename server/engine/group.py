@@ -81,6 +81,7 @@ class Group:
     buds: list[Branch] = field(default_factory=list)
     seats: list[int] = field(default_factory=list)  # that no branch sits on
     arrival: float = 0.0
+    queued: float = 0.0  # seconds until its first step
     key: float = 0.0  # smaller goes first
     cached: int = 0  # prompt tokens that were found in pages, to begin with
     scored: int = 0  # prompt tokens whose successor's log-probability was asked for …

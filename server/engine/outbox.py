@@ -34,6 +34,7 @@ class Outbox:
         group.told = True
         event.prompt_tokens = len(group.prompt)
         event.cached_tokens = group.cached
+        event.queued = group.queued
         if group.request.prompt_logprobs is not None:
             event.prompt_logprobs = group.scores
 

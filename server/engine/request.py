@@ -71,6 +71,7 @@ class Event(msgspec.Struct, kw_only=True, omit_defaults=True):
     code: str | None = None  # and its word, for the API: see server/errors.py
     prompt_tokens: int = 0  # with the first event
     cached_tokens: int = 0  # of them, found in pages; with the first event
+    queued: float = 0.0  # seconds that it waited for its first step; with the first event
     prompt_logprobs: list[tuple[float, int, list[tuple[int, float]]] | None] = []
     # with the first event, when asked for: (logprob, rank, best rivals); the first token has none
     beam_rows: int = 0  # rows computed for beams, with the last event
@@ -90,6 +91,7 @@ class Stats(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     steps: int = 0
     step_tokens: int = 0  # computed by those steps
+    step_sizes: list[int] = []  # how many steps had up to 1, 2, 4, 8, … tokens, each counted once
     prompt_tokens: int = 0  # of accepted requests, once each
     output_tokens: int = 0  # sampled and given out
     cache_queries: int = 0  # prompt tokens looked up in the prefix cache …

@@ -69,7 +69,8 @@ class Scheduler:
         self._suspect: Group | None = None  # at most one runs
         self._number = 0
         self._outbox = Outbox()
-        self._stats = Stats(pages=pages.count, page_size=pages.size)
+        sizes = [0] * ((options.budget - 1).bit_length() + 1)
+        self._stats = Stats(pages=pages.count, page_size=pages.size, step_sizes=sizes)
 
     # ── The door ────────────────────────────────────────────────────────────────────────────────
 
@@ -152,9 +153,14 @@ class Scheduler:
         rows.step.begun, self._begun = self._begun, []
         self._flying.append(rows.step)
         self.pages.launched()
-        self._stats.steps += 1
-        self._stats.step_tokens += self.options.budget - rows.left
+        self._count_step(self.options.budget - rows.left)
         return rows.batch()
+
+    def _count_step(self, tokens: int) -> None:
+        stats = self._stats
+        stats.steps += 1
+        stats.step_tokens += tokens
+        stats.step_sizes[(tokens - 1).bit_length()] += 1
 
     def _expire(self) -> None:
         for group, error in self._lobby.late(self._clock()):
@@ -271,7 +277,7 @@ class Scheduler:
             branch.seat = group.seats.pop()
             self._taken.append(_seat(branch))
         if not group.started:
-            group.started = True
+            group.started, group.queued = True, self._clock() - group.arrival
             self._stats.cache_queries += len(group.prompt)
 
     def _leave(self, group: Group) -> None:

@@ -15,6 +15,7 @@ from server.engine.request import Choice, Event, Request, Stats
 
 TEXT = "The quick brown fox jumps over the lazy dog. Ett träd växer långsamt; 木は育つ 🌱! "
 EOS, BOS, IM = 256, 257, 258
+QUEUED = 0.5  # seconds that each request says it waited
 
 
 class FakeWords:
@@ -94,7 +95,10 @@ class FakeEngine:
         return Health(state=self.state, age=self.age, restarts=0, reason=reason)
 
     def stats(self) -> Stats:
-        return Stats(running=len(self.running), pages=64, page_size=16, free=64)
+        sizes = [1, 2, 3]
+        stats = Stats(steps=6, step_tokens=21, step_sizes=sizes, pages=64, page_size=16, free=64)
+        stats.running = len(self.running)
+        return stats
 
     def cancel(self, id: str) -> None:
         if id in self.running:
@@ -135,6 +139,7 @@ class FakeEngine:
             if first:
                 first = False
                 event.prompt_tokens = len(request.prompt)
+                event.queued = QUEUED
                 event.prompt_logprobs = prompt_logprobs(request)
             yield event
             if done:

@@ -15,6 +15,8 @@ from fastapi.routing import APIRoute
 
 from server.api.door import Door
 from server.config import Settings
+from server.engine.request import Choice, Event
+from server.metrics import Meter, Metrics
 from tests.server.rig import Rig, limits, read_all, running
 
 OPEN = {"/health/live", "/health/ready"}
@@ -539,6 +541,8 @@ def test_metrics_have_vllms_names_and_a_fixed_number_of_series(rig: Rig) -> None
         "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total", "vllm:engine_healthy",
         "vllm:cache_config_info", "gen_ai_server_request_duration_seconds_bucket",
         "requests_rejected_total", "engine_restarts_total", "engine_heartbeat_age_seconds",
+        "vllm:request_queue_time_seconds_bucket", "vllm:request_prefill_time_seconds_bucket",
+        "vllm:request_inference_time_seconds_bucket", "vllm:request_decode_time_seconds_bucket",
         "event_loop_lag_seconds_bucket", "unread_events", "nan_rows_total", "build_info", "pages",
     ):  # fmt: skip
         assert name in before, name
@@ -552,6 +556,41 @@ def test_metrics_have_vllms_names_and_a_fixed_number_of_series(rig: Rig) -> None
     }
     assert all("not_found" in line or line.startswith("# ") for line in new), new
     assert len(after.splitlines()) < 2000
+
+
+def test_a_requests_times_add_up() -> None:
+    """Its wait is what the engine says; what is left until the first token is the prefill."""
+    times = iter([10.0, 11.0, 12.5, 13.0, 15.0, 16.0])  # arrival, sent, three events, the end
+    metrics = Metrics("tiny", "test")
+    meter = Meter(metrics, "chat", lambda: next(times))
+    meter.asked(3, 1, 9)
+    for number in range(3):
+        choices = [Choice(index=0, tokens=[7])]
+        first = not number
+        meter.event(Event(id="a", choices=choices, prompt_tokens=3 * first, queued=0.25 * first))
+    meter.end()
+    labels = {"model_name": "tiny", "engine": "0"}
+    said = {
+        name: metrics.registry.get_sample_value(f"vllm:{name}_seconds_sum", labels)
+        for name in (
+            "time_to_first_token", "inter_token_latency", "request_queue_time",
+            "request_prefill_time", "request_decode_time", "request_inference_time",
+            "e2e_request_latency",
+        )
+    }  # fmt: skip
+    assert list(said.values()) == [2.5, 2.5, 0.25, 1.25, 2.5, 3.75, 6.0]
+
+
+def test_the_sizes_of_steps_are_a_histogram(rig: Rig) -> None:
+    page = call(rig, "/metrics")[2].decode().splitlines()
+    name, labels = "vllm:iteration_tokens_total", 'engine="0",model_name="tiny"'
+    told = [line for line in page if line.startswith(name)]
+    expected = [("1.0", 1), ("2.0", 3), ("4.0", 6), ("+Inf", 6)]
+    counts = [
+        f'{name}_bucket{{engine="0",le="{le}",model_name="tiny"}} {count}.0'
+        for le, count in expected
+    ]
+    assert told == [*counts, f"{name}_count{{{labels}}} 6.0", f"{name}_sum{{{labels}}} 21.0"]
 
 
 # Stopping

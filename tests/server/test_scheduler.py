@@ -337,6 +337,16 @@ def test_time_is_up_wherever_it_is() -> None:
     assert bench.engine.stats.aborted == {"decode": 1, "queue": 2}
 
 
+def test_the_first_event_says_how_long_it_waited() -> None:
+    bench = Bench(seats=1)
+    first, second = bench.submit(1, max_tokens=2), bench.submit(2, max_tokens=2)
+    bench.step()
+    bench.now += 3
+    bench.finish()
+    assert (bench.said[first.id].queued, bench.said[second.id].queued) == (0.0, 3.0)
+    assert bench.engine.stats.step_sizes[:2] == [4, 0]
+
+
 def test_who_began_in_time_is_not_timed_out_of_the_queue() -> None:
     bench = Bench()
     request = bench.submit(1, queue_timeout=1.0, max_tokens=9)
