@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.backend import KERNELS
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = "-O3 -march=native -ffast-math -fno-finite-math-only -fno-associative-math -pthread -fPIC"
+FLAGS = "-O2 -march=native -ffast-math -fno-finite-math-only -fno-associative-math -pthread -fPIC"
 TILE = 32  # outputs of a tile, as in native.cpp
 
 
