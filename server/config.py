@@ -88,7 +88,12 @@ class Settings:
         "auto", "engine", "store KV pages in fewer bits; auto: as computed", "--kv-cache-dtype"
     )
     rows: int = option(256, "engine", "most sequences in a step", "--max-num-seqs")
-    step_tokens: int = option(2048, "engine", "most tokens in a step", "--max-num-batched-tokens")
+    step_tokens: int | None = option(
+        None,
+        "engine",
+        "most tokens in a step (a GPU: 2048, a CPU: 512)",
+        "--max-num-batched-tokens",
+    )
     prefix_cache: bool = option(
         True, "engine", "share pages between equal beginnings", "--enable-prefix-caching"
     )

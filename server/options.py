@@ -188,7 +188,7 @@ def check(made: Settings) -> None:
         if isinstance(value, int | float) and value < 0:
             raise SettingError(f"{name} is {value}, but must not be negative.")
     for name in ("page_size", "rows", "step_tokens"):
-        if getattr(made, name) < 1:
+        if getattr(made, name) == 0:
             raise SettingError(f"{name} is 0, but must be at least 1.")
     if not 0 < made.memory <= 1:
         raise SettingError(f"memory is {made.memory}, but is a share: above 0 and at most 1.")
