@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backend import describe, launch, tl, triton
+from kernels.backend import counters, describe, launch, tl, triton
 from kernels.sharing import Shared
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -474,7 +474,7 @@ def attention_triton(
     blocks = min(most, _ceil(8 * device.processors, rows * kv_heads))
     launch(
         _short, (rows, kv_heads, blocks), **common, **parts, **sizes_of("short", tile),
-        out=out, arrivals=_arrivals(query.device, rows * kv_heads), window=window or None,
+        out=out, arrivals=counters(query.device, rows * kv_heads), window=window or None,
         skips=None if shared is None else shared.skips, sinks=sinks,
     )  # fmt: skip
     if longest_query > queries:
@@ -496,17 +496,6 @@ def _tile_of_short(longest_query: int, group: int) -> int:
 def _blocks(items: Tensor, rows: Tensor, a_block: int) -> int:
     """An upper bound of the blocks of all rows, that needs no number from the device."""
     return int(items.shape[0] // a_block + rows.shape[0])
-
-
-_ready: dict[torch.device, list[Tensor]] = {}
-
-
-def _arrivals(device: torch.device, count: int) -> Tensor:
-    """Counters that are 0 between launches. The old ones are kept, for graphs that count there."""
-    made = _ready.setdefault(device, [])
-    if not made or made[-1].numel() < count:
-        made.append(torch.zeros(_power(max(count, 4096)), dtype=torch.int32, device=device))
-    return made[-1]
 
 
 def _power(n: int) -> int:

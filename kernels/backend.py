@@ -199,6 +199,19 @@ def pretend(device: Device) -> Iterator[list[Launch]]:
         _kept.clear()
 
 
+_counters: dict[torch.device, list[Tensor]] = {}
+
+
+def counters(device: torch.device, count: int) -> Tensor:
+    """[≥ count] int32, 0 between launches: where blocks count who has arrived, and the last one
+    clears up. Old ones are kept, for graphs that count there."""
+    made = _counters.setdefault(device, [])
+    if not made or made[-1].numel() < count:
+        size = 1 << (max(count, 4096) - 1).bit_length()
+        made.append(torch.zeros(size, dtype=torch.int32, device=device))
+    return made[-1]
+
+
 def verify(probe: Probe) -> list[Choice]:
     """Tries every kernel that would run by Triton on the probe's device, once at start."""
     for kernel in KERNELS.values():

@@ -9,9 +9,11 @@ the product is then exact in integers, which is fast and makes a row's result in
 rest of the batch. Everywhere else, and wherever a gradient is asked for, activations stay as
 they are.
 
-In Triton a few rows (decode) read the weight once, at the speed of memory, and the order of the
-sum depends on the weight's shape alone. Many rows are the business of torch's matrix product,
-for which a quantised weight is first made whole.
+In Triton a few rows (decode) read the weight once, at the speed of memory. A weight with few
+outputs is cut along its rows into parts, so that there are blocks for all processors, and the
+last block to finish sums the parts in their order: the order of the sum depends on the weight's
+shape alone. Many rows are the business of torch's matrix product, for which a quantised weight is
+first made whole.
 """
 
 from collections.abc import Iterator
@@ -21,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import Call, Kernel, Probe, describe, launch, tl, triton
+from kernels.backend import Call, Kernel, Probe, counters, describe, launch, tl, triton
 
 
 class Int8Weight(NamedTuple):
@@ -137,40 +139,44 @@ def widen(values, dtype: tl.constexpr):
     return wide
 
 
-@triton.jit
+_FREE = ["parts", "steps"]  # they compile nothing anew
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_FREE)
 def _linear(
-    x, values, scales, bias, y, rows, out, inner, groups,
-    GROUP: tl.constexpr, INT4: tl.constexpr, MASKED: tl.constexpr,
+    x, values, scales, bias, y, partial, arrivals, rows, out, inner, groups, parts, steps,
+    GROUP: tl.constexpr, INT4: tl.constexpr, MASKED: tl.constexpr, CUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """GROUP: values a scale, 0: all of a row. MASKED: BLOCK_K does not divide a row."""
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Grid (blocks of outputs, parts); a part is `steps` times BLOCK_K values, or int4's bytes.
+
+    GROUP: values a scale, 0: all of a row. MASKED: BLOCK_K does not divide a row."""
+    m = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     mine = (m < rows)[:, None]  # rows past the end are not read: at one row they would be most
     theirs = tl.where(n < out, n, 0).to(tl.int64)  # columns past it are few, and read another
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if INT4:
-        HALF: tl.constexpr = GROUP // 2
-        STEPS: tl.constexpr = HALF // BLOCK_K
-        scale = tl.load(scales + theirs * groups)  # each is asked for a step ahead
-        for i in range(inner // GROUP * STEPS):
-            group = i // STEPS
-            at = tl.multiple_of(group * GROUP + i % STEPS * BLOCK_K, BLOCK_K)
+    WIDTH: tl.constexpr = 2 * BLOCK_K if INT4 else BLOCK_K  # values a step
+    begin, end = 0, tl.cdiv(inner, WIDTH)
+    if CUT:
+        begin = tl.program_id(1) * steps
+        end = tl.minimum(begin + steps, end)
+    if GROUP > 0:  # each scale is asked for a step ahead
+        scale = tl.load(scales + theirs * groups + begin * WIDTH // GROUP)
+    for i in range(begin, end):
+        if INT4:
+            STEPS: tl.constexpr = GROUP // WIDTH
+            at = tl.multiple_of(i // STEPS * GROUP + i % STEPS * BLOCK_K, BLOCK_K)
             left = x + m[:, None].to(tl.int64) * inner + at + k[None, :]
             byte = tl.load(values + theirs[None, :] * (inner // 2) + i * BLOCK_K + k[:, None])
             low = ((byte & 15).to(tl.int8) - 8).to(x.dtype.element_ty)
             high = ((byte >> 4).to(tl.int8) - 8).to(x.dtype.element_ty)
-            now = scale
-            scale = tl.load(scales + theirs * groups + (i + 1) // STEPS % groups)
             part = tl.dot(tl.load(left, mine, other=0.0), low, input_precision="ieee")
-            right = tl.load(left + HALF, mine, other=0.0)
+            right = tl.load(left + GROUP // 2, mine, other=0.0)
             part = tl.dot(right, high, part, input_precision="ieee")
-            acc += part * now[None, :]
-    else:
-        if GROUP > 0:
-            scale = tl.load(scales + theirs * groups)
-        for at in range(0, inner, BLOCK_K):
+        else:
+            at = i * BLOCK_K
             left = x + m[:, None].to(tl.int64) * inner + at + k[None, :]
             right = values + theirs[None, :] * inner + at + k[:, None]
             if MASKED:
@@ -182,63 +188,92 @@ def _linear(
             if GROUP == 0:
                 acc = tl.dot(a, b, acc, input_precision="ieee")
             else:
-                now = scale
-                scale = tl.load(scales + theirs * groups + (at + BLOCK_K) // GROUP % groups)
-                acc += tl.dot(a, b, input_precision="ieee") * now[None, :]
-        if scales is not None and GROUP == 0:
-            acc *= tl.load(scales + theirs)[None, :]
+                part = tl.dot(a, b, input_precision="ieee")
+        if GROUP > 0:
+            acc += part * scale[None, :]
+            scale = tl.load(scales + theirs * groups + (i + 1) * WIDTH // GROUP % groups)
+    at = m[:, None].to(tl.int64) * out + n[None, :]
+    known = mine & (n < out)[None, :]
+    if CUT:
+        each = rows * out
+        tl.store(partial + tl.program_id(1) * each + at, acc, known)
+        tl.debug_barrier()  # all threads' numbers are written before the one that counts says so
+        here = tl.atomic_add(arrivals + tl.program_id(0), 1, sem="acq_rel")
+        if here < parts - 1:
+            return
+        tl.store(arrivals + tl.program_id(0), 0)  # ready for the next launch
+        tl.debug_barrier()
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for i in range(parts):
+            acc += tl.load(partial + i * each + at, known, other=0.0, cache_modifier=".cg")
+    if scales is not None and GROUP == 0:
+        acc *= tl.load(scales + theirs)[None, :]
     if bias is not None:
         acc += tl.load(bias + n, n < out, other=0.0).to(tl.float32)[None, :]
-    at = m[:, None].to(tl.int64) * out + n[None, :]
-    tl.store(y + at, acc.to(y.dtype.element_ty), (m[:, None] < rows) & (n[None, :] < out))
+    tl.store(y + at, acc.to(y.dtype.element_ty), known)
 
 
-FEW = 16  # rows of a float weight's product that Triton takes; more fill tensor cores anyway
-SOME = 64  # the same for quantised weights: making one whole costs about this many rows
+class Config(NamedTuple):
+    columns: int  # outputs of a block
+    run: int  # bytes of a weight's row at once
+    warps: int
+    rows: int  # of x that Triton takes; above, tensor cores are filled anyway
+
+
+# By the bytes of a weight's value, 0 for half of one. Quantised ones take more rows: making a
+# weight whole costs as much as some 64 of them. Float32 has no tensor cores, and more than 64
+# numbers at once do not fit into registers. Chosen for no spills, not yet by time.
+CONFIGS = {
+    4: Config(32, 256, 4, 16),
+    2: Config(32, 256, 4, 16),
+    1: Config(32, 256, 4, 64),
+    0: Config(32, 256, 4, 64),
+}
+BLOCKS = 264  # two for each processor of an H200: weights with fewer are cut into parts, …
+LEAST_STEPS = 4  # … which are no shorter, or they end before their loads are under way
 SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may ask for, by arch
 
 
 def _launch(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    whole = isinstance(weight, Tensor)
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
-    group = 0 if scales is None or scales.shape[1] == 1 else width(weight) // scales.shape[1]
-    int4 = isinstance(weight, Int4Weight)
+    int4, inner, out = isinstance(weight, Int4Weight), rows.shape[1], len(values)
+    config = CONFIGS[0 if int4 else values.element_size()]
+    group = 0 if scales is None or scales.shape[1] == 1 else inner // scales.shape[1]
     if int4 and not group:
-        group = width(weight)
-    block = _block_k(group // 2 if int4 else group, x, values)
-    if len(rows) > (FEW if whole else SOME) or block < 16:
+        group = inner
+    block = _block_k(group // 2 if int4 else group, x, config.run // values.element_size())
+    if len(rows) > config.rows or block < 16:
         return linear_reference(x, weight, bias)
-    out = len(values)
     y = rows.new_empty(len(rows), out)
-    tile = (max(16, triton.next_power_of_2(len(rows))), 32, block)
-    if len(rows):
-        launch(
-            _linear,
-            (triton.cdiv(out, tile[1]), 1),
-            rows,
-            values.view(torch.uint8) if isinstance(weight, Fp8Weight) else values.contiguous(),
-            scales,
-            bias,
-            y,
-            len(rows),
-            out,
-            rows.shape[1],
-            1 if scales is None else scales.shape[1],
-            GROUP=group,
-            INT4=int4,
-            MASKED=not group and rows.shape[1] % block != 0,
-            **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile)),
-            num_warps=4,
-            num_stages=_stages(x, values, tile),
-        )
+    if not len(rows):
+        return y.view(*x.shape[:-1], out)
+    columns = triton.cdiv(out, config.columns)
+    parts, steps = _parts(columns, triton.cdiv(inner, 2 * block if int4 else block))
+    partial = rows.new_empty((parts, len(rows), out) if parts > 1 else 0, dtype=torch.float32)
+    tile = (max(16, triton.next_power_of_2(len(rows))), config.columns, block)
+    launch(
+        _linear, (columns, parts), rows,
+        values.view(torch.uint8) if isinstance(weight, Fp8Weight) else values.contiguous(),
+        scales, bias, y, partial, counters(x.device, columns), len(rows), out, inner,
+        1 if scales is None else scales.shape[1], parts, steps,
+        GROUP=group, INT4=int4, MASKED=not group and inner % block != 0, CUT=parts > 1,
+        **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile)),
+        num_warps=config.warps, num_stages=_stages(x, values, tile),
+    )  # fmt: skip
     return y.view(*x.shape[:-1], out)
 
 
-def _block_k(run: int, x: Tensor, values: Tensor) -> int:
-    """256 bytes of a row at once, but a power of two that divides a run (0: no run). Float32
-    products have no tensor cores, and more than 64 at once do not fit into registers."""
-    most = 64 if x.element_size() == 4 else 256 // values.element_size()
+def _parts(columns: int, steps: int) -> tuple[int, int]:
+    """-> of how many parts a row is, and of how many steps each"""
+    parts = max(1, min(BLOCKS // columns, steps // LEAST_STEPS))
+    each = -(-steps // parts)
+    return -(-steps // each), each
+
+
+def _block_k(run: int, x: Tensor, most: int) -> int:
+    """At most so many values at once, a power of two that divides a run (0: no run)."""
+    most = min(64, most) if x.element_size() == 4 else most
     return min(most, run & -run) if run else most
 
 
@@ -251,6 +286,7 @@ def _stages(x: Tensor, values: Tensor, tile: tuple[int, int, int]) -> int:
 
 
 def _trial(probe: Probe) -> Iterator[Call]:
+    """Each format; a single row; and a weight that is not cut."""
     x, whole = probe.random(3, probe.hidden), probe.random(96, probe.hidden, seed=1)
     bias = probe.random(96, seed=2)
     groups = 1 if probe.hidden % 64 else probe.hidden // 64
@@ -260,6 +296,9 @@ def _trial(probe: Probe) -> Iterator[Call]:
     yield Call((x, quantize_fp8(whole), None), {})
     if probe.hidden % 2 == 0:
         yield Call((x, quantize_int4(whole, groups), None), {})
+    yield Call((x[:1], whole, None), {})
+    yield Call((x[:1], quantize_int8(whole), None), {})
+    yield Call((x[:, :256].contiguous(), whole[:, :256].contiguous(), None), {})
 
 
 LINEAR = Kernel("linear", linear_reference, _launch, _trial, native=linear_native)

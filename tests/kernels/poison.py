@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from kernels import backend
+
 
 @contextmanager
 def poisoned() -> Iterator[None]:
@@ -15,3 +17,8 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def assert_cleared() -> None:
+    """Counters are ready for the next launch."""
+    assert not any(one.any() for made in backend._counters.values() for one in made)

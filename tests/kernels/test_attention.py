@@ -1,7 +1,6 @@
 """Attention against the formula written out in float64, and the kernels against their twin."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -17,6 +16,7 @@ from kernels.attention import attention, attention_reference, dense_attention
 from kernels.attention_triton import attention_triton as run_triton
 from kernels.backend import Call, Device, call, differs
 from kernels.sharing import Shared, find_shared
+from tests.kernels.poison import assert_cleared, poisoned
 
 
 @dataclass
@@ -209,23 +209,12 @@ def test_wrong_arguments_are_named(change: dict[str, Any], sentence: str) -> Non
 # ── the kernels, in Triton's interpreter ──────────────────────────────────────────────────────
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Whatever is allocated and not written is nan."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def check(made: Call) -> Tensor:
     with poisoned():
         got = run_triton(*made.args, **made.kwargs)
     own = call(attention_reference, made)[:1]
     assert differs([got], own, call(attention_reference, made, exactly=True)[:1]) == ""
-    for counters in attention_triton._ready.values():
-        assert not any(counter.any() for counter in counters), "ready for the next launch"
+    assert_cleared()
     return got
 
 

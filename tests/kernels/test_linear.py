@@ -1,6 +1,7 @@
 """Products of every weight format against float64, and the kernel in the interpreter."""
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from kernels.linear import (
     quantize_int4,
     quantize_int8,
 )
-from tests.kernels.poison import poisoned
+from tests.kernels.poison import assert_cleared, poisoned
 
 FORMATS: dict[str, Callable[[Tensor], Weight]] = {
     "float": lambda w: w,
@@ -96,6 +97,31 @@ def test_the_kernel_against_its_twin(name: str, dtype: torch.dtype) -> None:
             ways = call(page.LINEAR.triton, made), call(page.LINEAR.twin, made)
         wanted = page.linear_reference(x.double(), weight, None if rows == 1 else bias.double())
         assert differs(ways[0][:1], ways[1][:1], [wanted]) == "", (rows, out, inner)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_in_parts(name: str) -> None:
+    """Cut by the weight's shape alone: a row is the same bits in any company, and each time."""
+    torch.manual_seed(0)
+    weight, x = FORMATS[name](torch.randn(70, 640).half()), torch.randn(5, 640).half()
+    bias = torch.randn(70).half()
+    made = Call((x, weight, bias), {})
+    with patch.object(page, "LEAST_STEPS", 1), poisoned():
+        assert page._parts(3, 640 // 256)[0] > 1
+        got = call(page.LINEAR.triton, made)
+        assert_cleared()
+        assert torch.equal(page.LINEAR.triton(x[2:3], weight, bias)[0], got[0][2])
+    wanted = page.linear_reference(x.double(), weight, bias.double())
+    assert differs(got[:1], call(page.LINEAR.twin, made)[:1], [wanted]) == ""
+
+
+def test_weights_with_few_outputs_are_cut() -> None:
+    """Llama 3.2 1B: 2048 × 2048, 2048 × 8192 and the head; steps of 128."""
+    assert page._parts(2048 // 32, 2048 // 128) == (4, 4)
+    assert page._parts(2048 // 32, 8192 // 128) == (4, 16)
+    assert page._parts(128_256 // 32, 2048 // 128) == (1, 16)
+    assert page._parts(1, 3) == (1, 3)
 
 
 @pytest.mark.interpreter
