@@ -711,6 +711,33 @@ extern "C" void gelu_tanh_f32(const float* x, float* y, i64 count, int threads) 
     each(x, y, count, threads, gelu16);
 }
 
+// ── the best of a row ────────────────────────────────────────────────────────────────────────
+// Rows `at` of x; the first of equals; −1 where the largest is infinite, or one is not a number.
+
+static i64 best_of(const float* x, i64 width) {
+    v16 tops = all16(-INFINITY);
+    auto odd = tops != tops;
+    i64 i = 0;
+    for (; i + 16 <= width; i += 16) {
+        v16 a = load16(x + i);
+        odd |= a != a;
+        tops = tops > a ? tops : a;
+    }
+    float top = largest(tops);
+    bool strange = false;
+    for (int j = 0; j < 16; j++) strange |= odd[j] != 0;
+    for (; i < width; i++) strange |= x[i] != x[i], top = std::max(top, x[i]);
+    if (strange || !std::isfinite(top)) return -1;
+    for (i = 0; x[i] != top;) i++;
+    return i;
+}
+
+extern "C" void best_f32(const float* x, const i64* at, i64* best, i64 rows, i64 width, int threads) {
+    split(rows, threads, [=](i64 begin, i64 end) {
+        for (i64 r = begin; r < end; r++) best[r] = best_of(x + at[r] * width, width);
+    });
+}
+
 // ── a plain decoder's layers in one call ─────────────────────────────────────────────────────
 // The functions above in the order of model/decoder.py's Layer, so that nothing is paid between
 // them, and what passes between them stays where the last layer left it. stack.py fills these in.

@@ -62,6 +62,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "gelu_tanh_gate_f32": [P] * 2 + [I64] * 2 + [C],
     "silu_f32": [P] * 2 + [I64, C],
     "gelu_tanh_f32": [P] * 2 + [I64, C],
+    "best_f32": [P] * 3 + [I64] * 2 + [C],
     "stack_f32": [P] * 4,
 }
 
@@ -280,6 +281,14 @@ def activate(x: Tensor, kind: str) -> Tensor:
     return y
 
 
+def best(logits: Tensor, rows: Tensor) -> Tensor:
+    """The id of the largest of some rows, as `sample` has it for temperature 0."""
+    found, logits = torch.empty(len(rows), dtype=torch.int64), logits.contiguous()
+    width = logits.shape[1]
+    _call("best_f32", len(rows) * width * 16, logits, rows, found, len(rows), width)
+    return found
+
+
 # ── which kernels run this way ────────────────────────────────────────────────────────────────
 
 
@@ -335,9 +344,14 @@ WAYS |= {"attention": _attention_way, "store": _store_way}
 WAYS |= {"gate": _gate_way, "activate": _activate_way}
 
 
+enabled = False
+
+
 def enable() -> None:
     """From now on the kernels defined so far run natively on a CPU. Raises NotHere."""
+    global enabled
     library()
+    enabled = True
     for name, way in WAYS.items():
         if name in KERNELS:
             KERNELS[name].native = way

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kernels import native
 from kernels.backend import Call, Kernel, Probe
 from kernels.sampling_triton import launch_sample
 
@@ -151,6 +152,9 @@ def sample_native(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
     step = max(1, CHUNK // logits.shape[1])
     for kind, way in enumerate((_greedy, _plain, _filtered)):
         rows = torch.from_numpy(np.flatnonzero(kinds == kind))
+        if kind == 0 and native.enabled:
+            tokens[rows] = native.best(logits, rows)
+            continue
         for some in torch.split(rows, step) if len(rows) else ():
             tokens[some] = way(logits[some], bits[some], settings[some])
     return tokens

@@ -181,3 +181,18 @@ def test_norms(width: int) -> None:
 def test_gates(kind: str) -> None:
     x = chance(3, 2 * 70) * 6
     close(native.gate(x, kind), kernels.activation.gate_reference(x, kind))
+
+
+@pytest.mark.parametrize("width", [1, 16, 100, 4097])
+def test_best(width: int) -> None:
+    logits = chance(8, width)
+    logits[1, width // 2] = -torch.inf
+    logits[2], logits[3, -1], logits[4, 0] = -torch.inf, torch.nan, torch.inf
+    logits[5] = 0.5  # the first of equals
+    rows = torch.tensor([7, 2, 3, 4, 5, 1])
+    found = native.best(logits, rows)
+    wanted = logits[rows].argmax(-1)
+    wanted[1:4] = -1
+    if width == 1:
+        wanted[5] = -1
+    assert torch.equal(found, wanted)
