@@ -738,6 +738,49 @@ extern "C" void best_f32(const float* x, const i64* at, i64* best, i64 rows, i64
     });
 }
 
+// A draw from a row's whole distribution, as in sampling.py: weights are whole, so their sums are
+// exact; the running sum is taken by blocks, and walked only within the one that matters.
+
+static const i64 BLOCK = 4096;
+typedef i64 l16 __attribute__((vector_size(128)));
+
+static l16 weights16(const float* x, i64 left, float top, float inverse) {
+    v16 a = all16(-INFINITY);
+    memcpy(&a, x, std::min<i64>(left, 16) * sizeof(float));
+    return __builtin_convertvector(exp16((a - top) * inverse) * 0x1p40f, l16);
+}
+
+static i64 draw_of(const float* x, i64 width, float inverse, i64 bits, std::vector<i64>& sums) {
+    i64 best = best_of(x, width), total = 0;
+    if (best < 0) return -1;
+    sums.clear();
+    for (i64 block = 0; block < width; block += BLOCK) {
+        l16 sum = {};
+        for (i64 i = block; i < std::min(width, block + BLOCK); i += 16)
+            sum += weights16(x + i, width - i, x[best], inverse);
+        for (int j = 0; j < 16; j++) total += sum[j];
+        sums.push_back(total);
+    }
+    double share = (double)((uint64_t)bits >> 11) * 0x1p-53;
+    i64 at = std::min((i64)(share * (double)total), total - 1);
+    i64 block = std::upper_bound(sums.begin(), sums.end(), at) - sums.begin();
+    i64 sum = block ? sums[block - 1] : 0;
+    for (i64 i = block * BLOCK;; i += 16) {
+        l16 weight = weights16(x + i, width - i, x[best], inverse);
+        for (int j = 0; j < 16; j++)
+            if ((sum += weight[j]) > at) return i + j;
+    }
+}
+
+extern "C" void draw_f32(const float* x, const i64* at, const float* inverse, const i64* bits,
+                         i64* drawn, i64 rows, i64 width, int threads) {
+    split(rows, threads, [=](i64 begin, i64 end) {
+        std::vector<i64> sums;
+        for (i64 r = begin; r < end; r++)
+            drawn[r] = draw_of(x + at[r] * width, width, inverse[r], bits[r], sums);
+    });
+}
+
 // ── a plain decoder's layers in one call ─────────────────────────────────────────────────────
 // The functions above in the order of model/decoder.py's Layer, so that nothing is paid between
 // them, and what passes between them stays where the last layer left it. stack.py fills these in.

@@ -63,6 +63,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "silu_f32": [P] * 2 + [I64, C],
     "gelu_tanh_f32": [P] * 2 + [I64, C],
     "best_f32": [P] * 3 + [I64] * 2 + [C],
+    "draw_f32": [P] * 5 + [I64] * 2 + [C],
     "stack_f32": [P] * 4,
 }
 
@@ -281,11 +282,19 @@ def activate(x: Tensor, kind: str) -> Tensor:
     return y
 
 
-def best(logits: Tensor, rows: Tensor) -> Tensor:
+def best(logits: Tensor, rows: Tensor, *_: Tensor) -> Tensor:
     """The id of the largest of some rows, as `sample` has it for temperature 0."""
     found, logits = torch.empty(len(rows), dtype=torch.int64), logits.contiguous()
     width = logits.shape[1]
     _call("best_f32", len(rows) * width * 16, logits, rows, found, len(rows), width)
+    return found
+
+
+def draw(logits: Tensor, rows: Tensor, bits: Tensor, temperature: Tensor) -> Tensor:
+    """One id from each of some rows, as `sample` has it with a temperature alone."""
+    found, logits = torch.empty(len(rows), dtype=torch.int64), logits.contiguous()
+    inverse, sizes = 1 / temperature[rows], (len(rows), logits.shape[1])
+    _call("draw_f32", 64 * sizes[0] * sizes[1], logits, rows, inverse, bits[rows], found, *sizes)
     return found
 
 

@@ -150,10 +150,11 @@ def sample_native(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
     host = settings.numpy()
     kinds = np.where((host[:, 1:] == OFF).all(1), 1, 2) * (host[:, 0] > 0)
     step = max(1, CHUNK // logits.shape[1])
+    whole = (native.best, native.draw) if native.enabled else ()
     for kind, way in enumerate((_greedy, _plain, _filtered)):
         rows = torch.from_numpy(np.flatnonzero(kinds == kind))
-        if kind == 0 and native.enabled:
-            tokens[rows] = native.best(logits, rows)
+        if kind < len(whole):
+            tokens[rows] = whole[kind](logits, rows, bits, settings[:, 0])
             continue
         for some in torch.split(rows, step) if len(rows) else ():
             tokens[some] = way(logits[some], bits[some], settings[some])

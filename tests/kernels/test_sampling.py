@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import sampling
+from kernels import native, sampling
 from kernels.sampling import branch_key, keep, uniform_bits
 from tests.kernels.poison import poisoned
 
@@ -86,11 +86,19 @@ def test_kept_tokens_are_those_of_transformers(size: int, width: int) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-12)
 
 
-def test_native_draws_what_the_twin_draws() -> None:
-    for size in (3, 257, 4099):
+@pytest.mark.parametrize("enabled", [False, True])
+def test_native_draws_what_the_twin_draws(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if enabled:
+        try:
+            native.library()
+        except native.NotHere as why:
+            pytest.skip(f"no native kernels here: {why}")
+    monkeypatch.setattr(native, "enabled", enabled)
+    for size in (3, 257, 4099, 9000):
         rng = np.random.default_rng(size)
         settings, logits = random_settings(rng, 150), random_logits(rng, 150, size)
         settings[::7, 0] = 0
+        settings[1::3, 1:] = torch.tensor(sampling.OFF)
         bits = random_bits(rng, 150)
         wanted = sampling.sample_reference(logits, bits, settings)
         assert torch.equal(sampling.sample_native(logits, bits, settings), wanted)
