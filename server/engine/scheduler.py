@@ -286,6 +286,10 @@ class Scheduler:
             self._pinned -= group.footprint
         if self._suspect is group:
             self._suspect = None
+        if group in self._begun:  # and left before it was in a step
+            self._begun.remove(group)
+            seats = {branch.seat for branch in group.living}
+            self._taken = [seat for seat in self._taken if seat.seat not in seats]
         self._holdings.release(group.living)
         self._holdings.vacant += group.seats
         group.seats, group.forks = [], []

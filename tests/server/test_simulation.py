@@ -59,6 +59,13 @@ def test_nothing_is_violated() -> None:
     run(range(FAST))
 
 
+@pytest.mark.parametrize("seed", [37416])
+def test_what_was_wrong_once_is_right(seed: int) -> None:
+    """Found among a million requests: one that ends between its beginning and its first step."""
+    world = World(knobs(seed))
+    world.run(script(world.knobs, OPERATIONS))
+
+
 @pytest.mark.slow
 def test_nothing_is_violated_for_long() -> None:
     run(range(FAST, ALL))
