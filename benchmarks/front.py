@@ -36,6 +36,7 @@ from server.engine.process import Blueprint, Client
 from server.engine.text import Text
 from server.listen import bind, configure
 from server.metrics import Metrics
+from server.settle import settle
 
 CONTEXT, VOCABULARY = 1 << 20, 256
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -129,6 +130,7 @@ async def serve(pause: float, rows: int) -> None:
         limits=settings.limits,
     )
     await client.start()
+    settle()
     listener = bind("127.0.0.1", 0)
     print(listener.getsockname()[1], flush=True)
     await configure(build_app(front), front).serve([listener])

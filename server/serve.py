@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import gc
 import logging
 import os
 import resource
@@ -29,6 +28,7 @@ from server.errors import KvistError, ModelError, PortTaken, SettingError
 from server.listen import Server, bind, configure
 from server.logs import set_up
 from server.metrics import Metrics
+from server.settle import settle
 from server.traces import Traces
 from server.version import VERSION
 
@@ -122,8 +122,7 @@ async def _open(front: Front, client: Client, url: str) -> None:
     await client.start()
     settings, info = front.settings, client.info
     front.served = await asyncio.to_thread(_served, settings, info)
-    gc.collect()
-    gc.freeze()
+    settle()
     log.info("%s", _greeting(front.served, info, url))
     for warning in info.get("warnings", ()):
         log.warning("%s", warning)

@@ -4,7 +4,6 @@ It reads requests, steps, and sends what each step meant in one message. When th
 it goes too: one thread only waits for that, so that not even a step that hangs outlives the front.
 """
 
-import gc
 import logging
 import os
 import select
@@ -35,6 +34,7 @@ from server.engine.wire import (
     ToEngine,
 )
 from server.errors import Failed, KvistError
+from server.settle import settle
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ def main(socket_fd: int, heart_fd: int) -> int:
             log.exception("The engine could not be built")
         line.send(_last_words(error))
         return 1
-    gc.collect()
-    gc.freeze()  # what was loaded stays; do not look through it again
+    settle()
     line.send(Ready(engine.info))
     Worker(engine, line, heart).run()
     return 0
