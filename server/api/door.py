@@ -43,10 +43,10 @@ class Door:
             self._check_host(scope)
             await self._app(scope, receive, send_on)
         except KvistError as error:
-            state["error"] = error
+            state["error"] = error.code  # the word alone: its traceback leads back here, a cycle
             await refusal(error)(scope, receive, send_on)
         except Exception as error:
-            state["error"] = error
+            state["error"] = type(error).__name__
             log.exception("failed", extra={"kvist": {"request_id": name.decode()}})
             if not status:
                 await refusal(KvistError(BROKEN))(scope, receive, send_on)
@@ -59,8 +59,7 @@ class Door:
     def _trace(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         """A span of the GenAI conventions."""
         asked, usage, meter = state["answer"].asked, state["answer"].usage, state["meter"]
-        error = state.get("error")
-        code = getattr(error, "code", type(error).__name__) if error else None
+        code = state.get("error")
         told: dict[str, str | int | float] = {
             "gen_ai.operation.name": meter.operation,
             "gen_ai.provider.name": "kvist",
@@ -117,5 +116,5 @@ def _tell(scope: Scope, state: dict[str, Any], status: int, seconds: float) -> N
     if meter is not None and meter.first is not None:
         told["ttft_ms"] = round((meter.first - meter.began) * 1000, 1)
     if error is not None:
-        told["error"] = getattr(error, "code", type(error).__name__)
+        told["error"] = error
     log.info("request", extra={"kvist": told})

@@ -27,7 +27,7 @@ def refusal(error: KvistError) -> Response:
 
 async def on_kvist_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KvistError)
-    request.scope["state"]["error"] = error
+    request.scope["state"]["error"] = error.code
     request.app.state.front.metrics.rejected(error.code)
     return refusal(error)
 

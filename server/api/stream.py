@@ -87,7 +87,7 @@ class Reply(Response):
         self.answer = answer
         self.shape = shape
         self.meter = meter
-        self.failed: KvistError | None = None  # after the first byte
+        self.failed = ""  # by which error, after the first byte
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,7 +101,7 @@ class Reply(Response):
             raise Draining(STOPPED) from None  # only a server that stops cancels answers
         finally:
             self.front.running.discard(task)
-            if self.failed is not None:
+            if self.failed:
                 scope["state"]["error"] = self.failed
 
     async def answer_to(self, receive: Receive, send: Send) -> None:
@@ -162,7 +162,7 @@ class Stream(Reply):
         if not self.begun:
             raise error
         self.front.metrics.rejected(error.code)
-        self.failed = error
+        self.failed = error.code
         await self._send(send, event(error.body()))
 
     async def _send(self, send: Send, data: bytes) -> None:
