@@ -298,6 +298,7 @@ static inline v16 exp16(v16 x) {  // Cody and Waite's reduction, a polynomial of
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     v16 y = (v16)((i16x)p + (power << 23));
+    y = x == x ? y : x;
     return low ? v16{} : y;
 }
 
@@ -721,7 +722,7 @@ static i64 best_of(const float* x, i64 width) {
     for (; i + 16 <= width; i += 16) {
         v16 a = load16(x + i);
         odd |= a != a;
-        tops = tops > a ? tops : a;
+        tops = a > tops ? a : tops;
     }
     float top = largest(tops);
     bool strange = false;
@@ -778,6 +779,75 @@ extern "C" void draw_f32(const float* x, const i64* at, const float* inverse, co
         std::vector<i64> sums;
         for (i64 r = begin; r < end; r++)
             drawn[r] = draw_of(x + at[r] * width, width, inverse[r], bits[r], sums);
+    });
+}
+
+// A row's k best, of equals the smaller ids first; their log-probabilities and a chosen one's, with
+// its rank. The k-th largest of the maxima of 64 bounds the k-th best from below.
+
+struct Scored {
+    float score;
+    i64 id;
+};
+
+static void top_of(const float* x, i64 width, i64 k, i64 chosen, bool normalise, float* best,
+                   i64* ids, float* at, i64* rank) {
+    std::vector<float> maxima;
+    std::vector<Scored> found;
+    v16 tops, edge = all16(-INFINITY);
+    auto odd = edge != edge;
+    for (i64 i = 0; i < width; i += 64) {
+        tops = edge;
+        for (i64 j = i; j < std::min(width, i + 64); j += 16) {
+            v16 a = edge;
+            memcpy(&a, x + j, std::min<i64>(width - j, 16) * sizeof(float));
+            odd |= a != a;
+            tops = a > tops ? a : tops;
+        }
+        maxima.push_back(largest(tops));
+    }
+    float top = *std::max_element(maxima.begin(), maxima.end()), bound = -INFINITY;
+    if (k && k <= (i64)maxima.size()) {
+        std::vector<float> falling = maxima;
+        std::nth_element(falling.begin(), falling.begin() + k - 1, falling.end(), std::greater<float>());
+        bound = falling[k - 1];
+    }
+    double sum = 0;
+    for (i64 block = 0; normalise && block < width; block += BLOCK) {
+        v16 part = {};
+        for (i64 i = block; i < std::min(width, block + BLOCK); i += 16) {
+            v16 a = all16(-INFINITY);
+            memcpy(&a, x + i, std::min<i64>(width - i, 16) * sizeof(float));
+            part += exp16(a - top);
+        }
+        sum += total(part);
+    }
+    float shift = normalise ? top + (float)std::log(sum) : 0;
+    for (int j = 0; j < 16; j++)
+        if (odd[j]) shift = NAN;
+    for (i64 i = 0; k && i < width; i += 64)
+        for (i64 j = i; !(maxima[i / 64] < bound) && j < std::min(width, i + 64); j++)
+            if (!(x[j] < bound)) found.push_back({x[j] == x[j] ? x[j] : -INFINITY, j});
+    auto before = [](const Scored& a, const Scored& b) {
+        return a.score > b.score || (a.score == b.score && a.id < b.id);
+    };
+    std::partial_sort(found.begin(), found.begin() + k, found.end(), before);
+    for (i64 i = 0; i < k; i++) best[i] = found[i].score - shift, ids[i] = found[i].id;
+    chosen = chosen < 0 ? ids[0] : chosen;
+    i64 above = 0, last = 0;
+    auto beaten = odd ^ odd;
+    for (; last + 16 <= width; last += 16) beaten -= load16(x + last) > all16(x[chosen]);
+    for (int j = 0; j < 16; j++) above += beaten[j];
+    for (; last < width; last++) above += x[last] > x[chosen];
+    *at = x[chosen] - shift, *rank = 1 + above;
+}
+
+extern "C" void top_f32(const float* x, const i64* chosen, float* best, i64* ids, float* at,
+                        i64* rank, i64 rows, i64 width, i64 k, i64 normalise, int threads) {
+    split(rows, threads, [=](i64 begin, i64 end) {
+        for (i64 r = begin; r < end; r++)
+            top_of(x + r * width, width, k, chosen ? chosen[r] : -1, normalise, best + r * k,
+                   ids + r * k, at + r, rank + r);
     });
 }
 

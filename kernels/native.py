@@ -64,6 +64,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "gelu_tanh_f32": [P] * 2 + [I64, C],
     "best_f32": [P] * 3 + [I64] * 2 + [C],
     "draw_f32": [P] * 5 + [I64] * 2 + [C],
+    "top_f32": [P] * 6 + [I64] * 4 + [C],
     "stack_f32": [P] * 4,
 }
 
@@ -296,6 +297,19 @@ def draw(logits: Tensor, rows: Tensor, bits: Tensor, temperature: Tensor) -> Ten
     inverse, sizes = 1 / temperature[rows], (len(rows), logits.shape[1])
     _call("draw_f32", 64 * sizes[0] * sizes[1], logits, rows, inverse, bits[rows], found, *sizes)
     return found
+
+
+def top(
+    logits: Tensor, k: int, chosen: Tensor | None, normalise: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `kernels.topk`, of float32; a row with a NaN has no other scores."""
+    rows, width = logits.shape
+    logits = logits.contiguous()
+    best, at = torch.empty(rows, k), torch.empty(rows)
+    ids, rank = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, dtype=torch.int64)
+    sizes = rows, width, k, int(normalise)
+    _call("top_f32", 64 * rows * width, logits, chosen, best, ids, at, rank, *sizes)
+    return best, ids, at, rank
 
 
 # ── which kernels run this way ────────────────────────────────────────────────────────────────

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from kernels import native
 from kernels.backend import Call, Kernel, Probe, launch, tl, triton
 
 Top = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -42,6 +43,8 @@ def top_logprobs_native(
     logits: Tensor, k: int, chosen: Tensor | None = None, normalise: bool = True
 ) -> Top:
     """The same on a CPU: keys are made for those rows only where equals straddle the k-th place."""
+    if native.enabled and logits.dtype == torch.float32:
+        return native.top(logits, k, chosen, normalise)
     values, ids = logits.topk(min(k + 1, logits.shape[1]), -1)
     tied = values[:, k - 1 : k] == values[:, k:]  # [m, 1], or [m, 0] where all or none are wanted
     ids = ids[:, :k]

@@ -10,6 +10,7 @@ from torch import Tensor
 import kernels.activation
 import kernels.norm
 import kernels.pages
+import kernels.topk
 from kernels import native
 from kernels.attention import attention_reference
 
@@ -196,3 +197,27 @@ def test_best(width: int) -> None:
     if width == 1:
         wanted[5] = -1
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("size", [1, 5, 77, 1000, 20_000])
+@pytest.mark.parametrize("normalise", [True, False])
+def test_top(size: int, normalise: bool) -> None:
+    """Equals by the smaller id, zeros equal, masked ones last; more blocks than k, and fewer."""
+    logits = (chance(9, size, seed=size) * 8).round() / 4
+    logits[:, 1::5] *= 0.0
+    logits[:4, ::7] = -torch.inf
+    logits[4] = -torch.inf
+    logits[4, size // 2] = 1
+    chosen = torch.arange(9) % size
+    for k in {0, 1, min(5, size), min(300, size), size}:
+        found = native.top(logits, k, chosen, normalise)
+        wanted = kernels.topk.top_logprobs_reference(logits, k, chosen, normalise)
+        assert torch.equal(found[1], wanted[1])
+        assert torch.equal(found[3], wanted[3])
+        for mine, theirs in ((found[0], wanted[0]), (found[2], wanted[2])):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=2e-6, equal_nan=True)
+    logits[2, size // 2] = torch.nan
+    values, _, scores, _ = native.top(logits, 1, None, normalise)
+    assert values[2].isnan().all()
+    assert scores[2].isnan()
+    assert not values[[0, 1, 3, 5]].isnan().any() or size == 1
