@@ -1,4 +1,4 @@
-"""The CPU's own kernels: `native.cpp`, compiled once for this very processor, and its wrappers.
+"""The CPU's own kernels: `cpp/`, compiled once for this very processor, and its wrappers.
 
 Built by the C++ compiler into the user's cache on first use (some seconds), loaded by ctypes.
 Where there is no compiler, or the build fails, torch's way serves, and `enable` says why.
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from kernels.backend import KERNELS
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = "-O2 -march=native -ffast-math -fno-finite-math-only -fno-associative-math -pthread -fPIC"
-TILE = 32  # outputs of a tile, as in native.cpp
+TILE = 32  # outputs of a tile, as in products.h
 
 
 class NotHere(Exception):
@@ -80,7 +80,8 @@ def _place(compiler: str) -> Path:
     """A file a source, a compiler and a processor; the flags of -march=native are in /proc."""
     cpu = Path("/proc/cpuinfo").read_text().split("\n\n")[0] if os.path.exists("/proc") else ""
     kind = [line for line in cpu.splitlines() if line.startswith(("model name", "flags"))]
-    told = [SOURCE.read_text(), FLAGS, compiler, platform.machine(), torch.__version__, *kind]
+    texts = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    told = [*texts, FLAGS, compiler, platform.machine(), torch.__version__, *kind]
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(home) / "kvist" / f"native-{name}.so"
@@ -94,7 +95,7 @@ def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         unit, built = f"{folder}/native.o", f"{target}.{os.getpid()}"
         for step in (
-            [compiler, *FLAGS.split(), "-c", str(SOURCE), "-o", unit],
+            [compiler, *FLAGS.split(), "-c", str(SOURCES / "native.cpp"), "-o", unit],
             [compiler, "-shared", unit, "-o", built],
         ):
             subprocess.run(step, check=True, capture_output=True, timeout=120)  # noqa: S603

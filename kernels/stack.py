@@ -1,7 +1,7 @@
-"""A plain decoder's layers in one call to `native.cpp`, which then calls what it calls alone.
+"""A plain decoder's layers in one call to C++, which calls there what Python calls one by one.
 
 What a layer costs beyond its arithmetic, some twenty Python calls, is as long as reading a million
-weights: a quarter of a step of half a billion. Structures here are those of the C++ file.
+weights: a quarter of a step of half a billion. Structures here are those of `cpp/stack.h`.
 """
 
 import ctypes

@@ -1,0 +1,95 @@
+// A plain decoder's layers in one call.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "pointwise.h"
+#include "products.h"
+
+// The functions above in the order of model/decoder.py's Layer, so that nothing is paid between
+// them, and what passes between them stays where the last layer left it. stack.py fills these in.
+
+struct Product {
+    const void* values;
+    const float* scales;
+    const int32_t* sums;
+    const float* bias;
+    i64 in, out, kind;  // kind 0: float32, 1: bfloat16, 2: int8
+};
+
+struct Layer {
+    Product qkv, out, up, down;
+    const float *norm, *norm_bias, *mlp_norm, *mlp_norm_bias, *query_norm, *key_norm, *sinks, *angles;
+    float *keys, *values;
+    i64 pairs, interleaved, window;
+};
+
+struct Stack {
+    const Layer* layers;
+    const float* slopes;
+    i64 count, hidden, heads, kv_heads, dim, page, rms, gated, gelu, threads, grain, reading;
+    float eps, scale, softcap;
+};
+
+struct Step {
+    const i64 *slots, *at;
+    const int32_t *starts, *lengths, *table;
+    i64 tokens, rows, width, longest;
+};
+
+struct Room {  // what grows to the largest step and stays
+    std::vector<float> floats;
+    std::vector<uint8_t> bytes;
+};
+
+extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float* added) {
+    const Stack& a = *stack;
+    const i64 n = step->tokens, inner = a.layers[0].down.in, wide = a.layers[0].up.out;
+    const i64 queries = a.heads * a.dim, keys = a.kv_heads * a.dim, widest = std::max(queries, inner);
+    const i64 sizes[] = {n * a.hidden, n * (queries + 2 * keys), n * queries, n * wide, n * inner, n};
+    float* part[6];
+    static thread_local Room room;
+    i64 total = 0;
+    for (i64 size : sizes) total += size;
+    if ((i64)room.floats.size() < total) room.floats.resize(total);
+    i64 most = n * (std::max(widest, a.hidden) + 4);
+    if ((i64)room.bytes.size() < most) room.bytes.resize(most);
+    part[0] = room.floats.data();
+    for (int i = 1; i < 6; i++) part[i] = part[i - 1] + sizes[i - 1];
+    float *h = part[0], *qkv = part[1], *query = part[2], *up = part[3], *fed = part[4], *scales = part[5];
+    const int all = (int)a.threads;
+
+    auto product = [&](const Product& w, const float* from, float* to) {
+        i64 work = std::max(n, a.reading) * w.in * w.out;
+        int threads = (int)std::min<i64>(all, 1 + work / a.grain);
+        if (w.kind == 2)
+            linear_int8(from, (const int8_t*)w.values, w.scales, w.sums, w.bias, to,
+                        room.bytes.data(), scales, n, w.in, w.out, threads);
+        else if (w.kind == 1)
+            linear_bf16(from, (const uint16_t*)w.values, w.bias, to, n, w.in, w.out, threads);
+        else
+            linear_f32(from, (const float*)w.values, w.bias, to, n, w.in, w.out, threads);
+    };
+    int reading = (int)std::min<i64>(all, 1 + 16 * step->longest * n * queries / a.grain);
+    for (i64 i = 0; i < a.count; i++) {
+        const Layer& l = a.layers[i];
+        norm_f32(x, i ? added : nullptr, l.norm, l.norm_bias, h, x, n, a.hidden, a.eps, (int)a.rms, all);
+        product(l.qkv, h, qkv);
+        const i64 row = queries + 2 * keys;
+        store_f32(qkv, qkv + queries, qkv + queries + keys, l.keys, l.values, step->slots, l.angles,
+                  step->at, l.query_norm, l.key_norm, query, n, row, row, row, a.heads, a.kv_heads,
+                  a.dim, a.page, l.pairs, a.eps, (int)l.interleaved, all);
+        attention_f32(query, l.keys, l.values, step->starts, step->lengths, step->table, l.sinks,
+                      a.slopes, qkv, step->rows, step->width, a.heads, a.kv_heads, a.dim, a.page,
+                      l.window, a.scale, a.softcap, reading);
+        product(l.out, qkv, added);
+        norm_f32(x, added, l.mlp_norm, l.mlp_norm_bias, h, x, n, a.hidden, a.eps, (int)a.rms, all);
+        product(l.up, h, up);
+        if (a.gated)
+            (a.gelu ? gelu_tanh_gate_f32 : silu_gate_f32)(up, fed, n, inner, all);
+        else
+            (a.gelu ? gelu_tanh_f32 : silu_f32)(up, fed, n * inner, all);
+        product(l.down, fed, added);
+    }
+}
