@@ -6,13 +6,14 @@ transformers is imported where it is needed: the interpreter's process loads thi
 from bisect import bisect_right
 from itertools import accumulate
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import native, sampling
+from kernels import backend, native, sampling, sampling_triton
 from kernels.sampling import branch_key, keep, uniform_bits
 from tests.kernels.poison import poisoned
 
@@ -168,6 +169,33 @@ def test_the_kernel_draws_what_the_twin_draws(size: int) -> None:
     with poisoned():
         got = sampling.SAMPLE.triton(logits, bits, settings)
     assert got.tolist() == sampling.sample_reference(logits, bits, settings).tolist()
+
+
+@pytest.mark.interpreter
+def test_parts_change_no_draw() -> None:
+    """One part or many; what filters keep gathered, or too much of it and the whole row read."""
+    rng = np.random.default_rng(1)
+    settings, logits = random_settings(rng, 14), random_logits(rng, 14, 150)
+    settings[:2, 1:] = torch.tensor(OFF[1:])
+    settings[2, 0] = 0
+    bits, gathered = random_bits(rng, 14), []
+
+    def keep(kernel: Any, grid: Any, *args: Any, **sizes: Any) -> None:
+        backend.launch(kernel, grid, *args, **sizes)
+        if kernel.fn.__name__ == "_pick":
+            gathered.append(args[5][settings[:, 0] > 0])
+
+    drawn = []
+    for tile in (64, 256):
+        with (
+            patch.object(sampling_triton, "TILE", tile),
+            patch.object(sampling_triton, "launch", keep),
+            poisoned(),
+        ):
+            drawn.append(sampling.SAMPLE.triton(logits, bits, settings).tolist())
+    assert drawn[0] == drawn[1] == sampling.sample_reference(logits, bits, settings).tolist()
+    assert (gathered[0] > 0).sum() > 3
+    assert (gathered[0] == -1).sum() > 3
 
 
 def test_sample_refuses_settings_of_other_rows() -> None:

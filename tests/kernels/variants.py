@@ -21,7 +21,7 @@ USUAL = (BF16, Probe(CPU, torch.float32))
 @dataclass(frozen=True)
 class Variants:
     probes: tuple[Probe, ...] = USUAL
-    copies: bool = False  # it lives from asynchronous copies, and must have some
+    copies: tuple[str, ...] = ()  # who lives from asynchronous copies, and must have some
     narrow: bool = False  # it has a reason to load single numbers of one or two bytes
     archs: tuple[int, ...] = (80, 90, 120)
 
@@ -71,11 +71,11 @@ PAGES = (
 )
 
 VARIANTS: dict[str, Variants] = {
-    "attention": Variants(ATTENTION, copies=True),
+    "attention": Variants(ATTENTION, copies=("_short", "_long", "_shared")),
     "store": Variants(PAGES),
     "copy_pages": Variants((BF16, replace(BF16, page_dtype=torch.int8), _bf16(32, 32, 80))),
-    "linear": Variants(copies=True),
-    "sample": Variants(copies=True),
+    "linear": Variants(copies=("_linear",)),
+    "sample": Variants(copies=("_sample",)),
 }
 
 
