@@ -30,6 +30,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Product) for name in ("qkv", "out", "up", "down")),
         *((name, P) for name in ("norm", "norm_bias", "mlp_norm", "mlp_norm_bias")),
+        *((name, P) for name in ("out_norm", "mlp_out_norm")),
         *((name, P) for name in ("query_norm", "key_norm", "sinks", "angles", "keys", "values")),
         *((name, I64) for name in ("pairs", "interleaved", "window")),
     )

@@ -67,9 +67,10 @@ def pack_decoder(decoder: Decoder, int8_head: bool = False) -> None:
 
 
 def plain(decoder: Decoder) -> bool:
-    """Whether the layers are of the one shape that runs in one call: that of Llama and GPT-2."""
+    """Whether the layers run in one call: those of GPT-2, Llama, Gemma and most others do."""
     config = decoder.config
-    usual = (config.norms, config.parallel, config.residual_scale) == ("pre", False, 1)
+    usual = config.norms == "pre" or (config.norms, config.norm) == ("both", "rms")
+    usual = usual and not config.parallel and config.residual_scale == 1
     normed = config.qk_norm == "none" or (config.qk_norm, config.qk_norm_kind) == ("head", "rms")
     small = config.head_dim <= 256 and config.heads // config.kv_heads <= 128
     packed = all(
@@ -122,6 +123,8 @@ class Layers:
                 tensors={
                     **{name: _weight(norm) for name, norm in norms.items()},
                     **{f"{name}_bias": _bias(norm) for name, norm in norms.items()},
+                    "out_norm": _weight(layer.attention_out_norm),
+                    "mlp_out_norm": _weight(layer.mlp_out_norm),
                     "query_norm": _weight(attention.q_norm),
                     "key_norm": _weight(attention.k_norm),
                     "sinks": attention.sinks,

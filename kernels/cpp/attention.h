@@ -152,8 +152,7 @@ static float shares(const Pages& a, float* s, i64 base, i64 at, i64 from, float 
     for (int j = 0; j < KEYS / LANES; j++) {
         v16 where = steps + (float)(base + j * LANES);
         x[j] = load16(s + j * LANES) * a.scale;
-        if (a.softcap > 0)
-            for (int t = 0; t < LANES; t++) x[j][t] = std::tanh(x[j][t] / a.softcap) * a.softcap;
+        if (a.softcap > 0) x[j] = tanh16(x[j] / a.softcap) * a.softcap;
         x[j] += slope * (where - (float)at);
         x[j] = (where <= (float)at) & (where >= (float)from) ? x[j] : all16(-INFINITY);
         peaks = peaks > x[j] ? peaks : x[j];

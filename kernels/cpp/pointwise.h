@@ -91,12 +91,6 @@ extern "C" void store_f32(const float* query, const float* key, const float* val
     });
 }
 
-static v16 tanh16(v16 x) {
-    v16 e = exp16(-2 * (x < 0 ? -x : x));
-    v16 y = (1 - e) / (1 + e);
-    return x < 0 ? -y : y;
-}
-
 template <typename F>
 static void gated(const float* x, float* y, i64 rows, i64 width, int threads, F f) {
     i64 whole = width / 16 * 16;

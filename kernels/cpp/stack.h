@@ -20,7 +20,9 @@ struct Product {
 
 struct Layer {
     Product qkv, out, up, down;
-    const float *norm, *norm_bias, *mlp_norm, *mlp_norm_bias, *query_norm, *key_norm, *sinks, *angles;
+    const float *norm, *norm_bias, *mlp_norm, *mlp_norm_bias;
+    const float *out_norm, *mlp_out_norm;  // of what a branch adds, in Gemma
+    const float *query_norm, *key_norm, *sinks, *angles;
     float *keys, *values;
     i64 pairs, interleaved, window;
 };
@@ -71,6 +73,9 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         else
             linear_f32(from, (const float*)w.values, w.bias, to, n, w.in, w.out, threads);
     };
+    auto renorm = [&](const float* weight) {
+        if (weight) norm_f32(added, nullptr, weight, nullptr, added, nullptr, n, a.hidden, a.eps, 1, all);
+    };
     int reading = (int)std::min<i64>(all, 1 + 16 * step->longest * n * queries / a.grain);
     for (i64 i = 0; i < a.count; i++) {
         const Layer& l = a.layers[i];
@@ -84,6 +89,7 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
                       a.slopes, qkv, step->rows, step->width, a.heads, a.kv_heads, a.dim, a.page,
                       l.window, a.scale, a.softcap, reading);
         product(l.out, qkv, added);
+        renorm(l.out_norm);
         norm_f32(x, added, l.mlp_norm, l.mlp_norm_bias, h, x, n, a.hidden, a.eps, (int)a.rms, all);
         product(l.up, h, up);
         if (a.gated)
@@ -91,5 +97,6 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         else
             (a.gelu ? gelu_tanh_f32 : silu_f32)(up, fed, n * inner, all);
         product(l.down, fed, added);
+        renorm(l.mlp_out_norm);
     }
 }

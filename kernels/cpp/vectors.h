@@ -13,7 +13,6 @@ typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t u16x __attribute__((vector_size(64), aligned(4), may_alias));
 
-
 static const int DIM = 256;  // the widest head
 
 static inline v16 load16(const float* p) { return *(const v16*)p; }
@@ -59,3 +58,9 @@ static inline float total(v16 x) {  // in a fixed order
     return sum;
 }
 #endif
+
+static inline v16 tanh16(v16 x) {
+    v16 e = exp16(-2 * (x < 0 ? -x : x));
+    v16 y = (1 - e) / (1 + e);
+    return x < 0 ? -y : y;
+}
