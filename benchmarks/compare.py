@@ -17,18 +17,18 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import harness, limits
 from benchmarks.peers import PEERS, Work
+from benchmarks.peers.contest import BYTES, WITHOUT_FIRST, Seat, contest, least
 from benchmarks.peers.picture import draw
-from benchmarks.peers.remote import Failed, Remote, convert, source
+from benchmarks.peers.remote import Failed, convert, source
 from benchmarks.peers.source import SHAPES, weights
 from model.device import free_memory
 
@@ -39,54 +39,7 @@ WORKS = {
     "prefill": Work(1, 1024, 1),
     "beam 4": Work(1, 128, 64, beams=4),
 }
-WITHOUT_FIRST = "decode"  # the case that counts what comes after the first token
-BYTES = {"float32": 4.0, "F32": 4.0, "int8": 1.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32}  # of a weight
 ROOM = 0.7  # of the free memory, for engines that stay; else each leaves after its turn
-
-
-@dataclass
-class Seat:
-    """An engine's place in the contest, and what it has shown."""
-
-    engine: str
-    form: str
-    folder: Path
-    threads: int
-    vocabulary: int
-    taken: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # case: wall, CPU
-    why: dict[str, str] = field(default_factory=dict)  # case: the reason that it has no number
-    remote: Remote | None = None
-    peak: int = 0
-
-    @property
-    def name(self) -> str:
-        plain = self.form in ("float32", "int8", "F32")
-        return self.engine if plain else f"{self.engine} {self.form}"
-
-    def turn(self, case: str, work: Work, counts: bool, patience: float) -> None:
-        if case in self.why:
-            return
-        try:
-            wall, cpu = self._ask(work, patience)
-            if case == WITHOUT_FIRST:
-                first, first_cpu = self._ask(replace(work, new=1), patience)
-                wall, cpu = wall - first, cpu - first_cpu
-        except Failed as reason:
-            self.why[case] = str(reason)
-            return
-        if counts:
-            self.taken.setdefault(case, []).append((wall, cpu))
-
-    def _ask(self, work: Work, patience: float) -> tuple[float, float]:
-        if self.remote is None or not self.remote.alive:
-            self.remote = Remote(self.engine, self.form, self.folder, self.threads, self.vocabulary)
-        answer = self.remote.ask(work, patience)
-        self.peak = max(self.peak, self.remote.peak)
-        return answer["wall"], answer["cpu"]
-
-    def leave(self) -> None:
-        if self.remote is not None:
-            self.remote.close()
 
 
 def seats(given: Namespace, precision: str, threads: int, work: Path) -> Iterator[Seat]:
@@ -107,24 +60,16 @@ def seats(given: Namespace, precision: str, threads: int, work: Path) -> Iterato
             given.missing[f"{engine} {precision}"] = str(reason)
 
 
-def contest(given: Namespace, rivals: list[Seat]) -> None:
-    """All cases of one precision and thread count."""
-    size = sum(BYTES[seat.form] * weights(SHAPES[given.shape]) for seat in rivals)
-    stay = 2 * size < ROOM * free_memory(torch.device("cpu"))
-    cases = [(name, fit(work, given)) for name, work in WORKS.items() if name in given.cases]
-    with tqdm(total=(given.rounds + 1) * len(cases) * len(rivals), disable=None) as bar:
-        for number in range(given.rounds + 1):
-            order = rivals[number % len(rivals) :] + rivals[: number % len(rivals)]
-            turns = [(case, seat) for case, seat in itertools.product(cases, order)]
-            for (name, work), seat in turns if stay else sorted(turns, key=lambda t: t[1].name):
-                bar.set_description(f"{seat.name}: {name}")
-                warm = replace(work, new=min(work.new, 8)) if number == 0 else work
-                seat.turn(name, replace(warm, seed=number), number > 0, given.patience)
-                bar.update()
-                if not stay and name == cases[-1][0]:
-                    seat.leave()
-    for seat in rivals:
-        seat.leave()
+def fits(given: Namespace, rivals: list[Seat]) -> bool:
+    """Whether all can stay in memory at once; some keep their weights twice."""
+    shape = SHAPES[given.shape]
+    count = weights(shape) + shape["vocabulary"] * shape["hidden"]
+    size = sum(BYTES[seat.form] * count for seat in rivals)
+    return 2 * size < ROOM * free_memory(torch.device("cpu"))
+
+
+def chosen(given: Namespace) -> dict[str, Work]:
+    return {case: fit(WORKS[case], given) for case in WORKS if case in given.cases}
 
 
 def fit(work: Work, given: Namespace) -> Work:
@@ -133,26 +78,9 @@ def fit(work: Work, given: Namespace) -> Work:
     return replace(work, prompt=min(work.prompt, SHAPES[given.shape]["context"] - work.new))
 
 
-def least(work: Work, form: str, shape: dict[str, Any], ceiling: limits.Limits) -> float:
-    """Seconds that reading the weights, keys and values, or the products take at the least."""
-    layers, head = weights(shape), shape["vocabulary"] * shape["hidden"]
-    rate = ceiling.float32 if BYTES[form] == 4 else ceiling.int8 or ceiling.float32
-    read = BYTES[form] * (layers + head) / ceiling.read
-    seen = work.prompt + work.new / 2
-    width = shape["hidden"] // shape["heads"] * shape["kv_heads"]
-    kept = 4 * 2 * shape["layers"] * width * seen / ceiling.read  # of one row
-    rows = work.streams * work.beams
-    prompt = max(read, 2 * work.streams * (layers * work.prompt + head) / rate)
-    step = max(read + rows * kept, 2 * rows * (layers + head) / rate)
-    return prompt + (work.new - 1) * step
-
-
 def shown(seat: Seat, best: Seat | None, given: Namespace, ceiling: limits.Limits) -> Iterator[Any]:
     """A row a case."""
-    for case, work in WORKS.items():
-        if case not in given.cases:
-            continue
-        work = fit(work, given)
+    for case, work in chosen(given).items():
         row = {"case": case, "threads": seat.threads, "engine": seat.name}
         if case in seat.why or case not in seat.taken:
             yield row | {"note": seat.why.get(case, "it was not measured")}
@@ -203,7 +131,9 @@ def main() -> None:
             if threads not in ceilings:
                 ceilings[threads] = limits.measure(3)
             rivals = list(seats(given, precision, threads, work))
-            contest(given, rivals)
+            if not rivals:
+                continue
+            contest(rivals, chosen(given), given.rounds, fits(given, rivals), given.patience)
             ours = next((seat for seat in rivals if seat.engine == "kvist"), None)
             for seat in rivals:
                 found = shown(seat, ours, given, ceilings[threads])
@@ -212,6 +142,8 @@ def main() -> None:
 
 
 def finish(given: Namespace, rows: list[harness.Row], ceilings: dict[int, limits.Limits]) -> None:
+    if not rows:
+        sys.exit(f"no engine could take part: {given.missing}")
     columns = dict.fromkeys(name for row in rows for name in row)  # those that failed have fewer
     rows = sorted(rows, key=lambda row: (row["threads"], row["precision"], _place(row["case"])))
     rows = [{name: row.get(name) for name in columns} for row in rows]
@@ -220,10 +152,16 @@ def finish(given: Namespace, rows: list[harness.Row], ceilings: dict[int, limits
         print(f"{name}: {why}")
     harness.finish(
         "compare", rows, given, shape=given.shape, rounds=given.rounds, missing=given.missing,
-        versions={entry.package: harness._version(entry.package) for entry in PEERS.values()},
+        versions=versions(),
         limits={threads: asdict(ceiling) for threads, ceiling in ceilings.items()},
         disturbed=max((row.get("spread") or 0 for row in rows), default=0) > 0.15,
     )  # fmt: skip
+
+
+def versions() -> dict[str, str | None]:
+    packages = {entry.package for entry in PEERS.values()}
+    here = {one.name: one.version for one in metadata.distributions() if one.name in packages}
+    return {package: here.get(package) for package in sorted(packages)}
 
 
 def _place(case: str) -> int:

@@ -24,7 +24,7 @@ class Entry:
 
 BOTH = {"float32": ("float32",), "int8": ("int8",)}
 PEERS = {
-    "kvist": Entry("kvist", BOTH, converts=False),
+    "kvist": Entry("torch", BOTH, converts=False),
     "transformers": Entry("transformers", {"float32": ("float32",)}, converts=False),
     "continuous": Entry("transformers", {"float32": ("float32",)}, converts=False),
     "ctranslate2": Entry("ctranslate2", BOTH),

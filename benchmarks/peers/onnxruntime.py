@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI, with the graph of its own builder: 8 bits are its default, in groups of 32."""
+"""ONNX Runtime GenAI, with the graph of its own builder; its 8 bits are in groups of 32."""
 
 import json
 import subprocess
@@ -15,11 +15,14 @@ PRECISIONS = {"float32": "fp32", "int8": "int8"}
 def write(source: Path, folder: Path, form: str) -> None:
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
     paths = ["-i", str(source), "-o", str(folder), "-c", str(folder / "cache")]
-    subprocess.run([*builder, *paths, "-p", PRECISIONS[form], "-e", "cpu"], check=True)
+    kind = ["-p", PRECISIONS[form], "-e", "cpu"]
+    status = subprocess.run([*builder, *paths, *kind], check=False).returncode
+    if status:
+        sys.exit(status)  # it has said why
 
 
 class Peer:
-    def __init__(self, folder: Path, form: str, threads: int) -> None:
+    def __init__(self, folder: Path, form: str, threads: int) -> None:  # noqa: ARG002
         config = genai.Config(str(folder))
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))

@@ -118,5 +118,6 @@ def _environment(threads: int) -> dict[str, str]:
 
 def _last(log: Path) -> str:
     """The last thing that it printed, which is mostly the reason."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    text = log.read_text(errors="replace").replace(f"{log.parent}/", "")
+    lines = [line.strip() for line in text.splitlines()]
     return next((line for line in reversed(lines) if line), "without a word")[:300]

@@ -1,0 +1,99 @@
+"""Engines that take turns, and the least time that the machine allows for their work."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.limits import Limits
+from benchmarks.peers import Work
+from benchmarks.peers.remote import Failed, Remote
+from benchmarks.peers.source import weights
+
+WITHOUT_FIRST = "decode"  # the case that counts what comes after the first token
+BYTES = {"float32": 4.0, "F32": 4.0, "int8": 1.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32}  # of a weight
+
+
+@dataclass(eq=False)
+class Seat:
+    """An engine's place in the contest, and what it has shown."""
+
+    engine: str
+    form: str
+    folder: Path
+    threads: int
+    vocabulary: int
+    taken: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # case: wall, CPU
+    why: dict[str, str] = field(default_factory=dict)  # case: the reason that it has no number
+    remote: Remote | None = None
+    peak: int = 0
+
+    @property
+    def name(self) -> str:
+        plain = self.form in ("float32", "int8", "F32")
+        return self.engine if plain else f"{self.engine} {self.form}"
+
+    def turn(self, case: str, work: Work, counts: bool, patience: float) -> None:
+        if case in self.why:
+            return
+        try:
+            wall, cpu = self._ask(work, patience)
+            if case == WITHOUT_FIRST:
+                first, first_cpu = self._ask(replace(work, new=1), patience)
+                wall, cpu = wall - first, cpu - first_cpu
+        except Failed as reason:
+            self.why[case] = str(reason)
+            return
+        if counts:
+            self.taken.setdefault(case, []).append((wall, cpu))
+
+    def _ask(self, work: Work, patience: float) -> tuple[float, float]:
+        if self.remote is None or not self.remote.alive:
+            self.remote = Remote(self.engine, self.form, self.folder, self.threads, self.vocabulary)
+        answer = self.remote.ask(work, patience)
+        self.peak = max(self.peak, self.remote.peak)
+        return answer["wall"], answer["cpu"]
+
+    def leave(self) -> None:
+        if self.remote is not None:
+            self.remote.close()
+
+
+def contest(
+    rivals: list[Seat], cases: Mapping[str, Work], rounds: int, stay: bool, patience: float
+) -> None:
+    """Everyone once a round, beginning with another each time; if not all can `stay` in memory at
+    once, each does all cases in a row and leaves."""
+    with tqdm(total=(rounds + 1) * len(cases) * len(rivals), disable=None) as bar:
+        for number in range(rounds + 1):
+            order = rivals[number % len(rivals) :] + rivals[: number % len(rivals)]
+            turns = list(itertools.product(cases, order))
+            if not stay:
+                turns.sort(key=lambda turn: order.index(turn[1]))
+            for case, seat in turns:
+                bar.set_description(f"{seat.name}: {case}")
+                work = replace(cases[case], seed=number)
+                warm = replace(work, new=min(work.new, 8))
+                seat.turn(case, work if number else warm, number > 0, patience)
+                bar.update()
+                if not stay and case == list(cases)[-1]:
+                    seat.leave()
+    for seat in rivals:
+        seat.leave()
+
+
+def least(work: Work, form: str, shape: dict[str, Any], ceiling: Limits) -> float:
+    """Seconds that reading the weights, keys and values, or the products take at the least."""
+    layers, head = weights(shape), shape["vocabulary"] * shape["hidden"]
+    rate = ceiling.float32 if BYTES[form] == 4 else ceiling.int8 or ceiling.float32
+    read = BYTES[form] * (layers + head) / ceiling.read
+    seen = work.prompt + work.new / 2
+    width = shape["hidden"] // shape["heads"] * shape["kv_heads"]
+    kept = 4 * 2 * shape["layers"] * width * seen / ceiling.read  # of one row
+    rows = work.streams * work.beams
+    prompt = max(read, 2 * work.streams * (layers * work.prompt + head) / rate)
+    step = max(read + rows * kept, 2 * rows * (layers + head) / rate)
+    return prompt + (work.new - 1) * step
