@@ -15,16 +15,18 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks import harness, limits
+from benchmarks import gpu_server, harness, limits
 from model.batch import LAST_SAMPLE, Batch, Seat
 from model.cache import Cache
 from model.config import ModelConfig, Rope
 from model.decoder import Decoder
+from model.quantize import quantize
 from model.runner import Runner
 from model.sampling import Sampling
 
@@ -75,11 +77,28 @@ SHAPES = {
     ),
     "Llama-3.1-8B": llama("8B", 4096, 32, 32, 8, 14336, tied=False),
 }
-STEPS = (  # shape, rows, context, the first bar in ms (None: a share of the floor)
-    ("Llama-3.2-1B", 1, 128, 0.95),
-    ("GPT-2 124M", 1, 128, 0.22),
-    ("Llama-3.1-8B", 1, 128, 4.3),
-    ("Llama-3.1-8B", 64, 2048, None),
+
+
+class Step(NamedTuple):
+    shape: str
+    rows: int
+    context: int
+    bar: float | None = None  # the first one, in ms; None: a share of the floor
+    weights: str = ""  # fewer bits; empty: as the device computes
+    pages: torch.dtype | None = None
+
+
+STEPS = (
+    Step("Llama-3.2-1B", 1, 128, 0.95),
+    Step("GPT-2 124M", 1, 128, 0.22),
+    Step("Llama-3.1-8B", 1, 128, 4.3),
+    Step("Llama-3.1-8B", 1, 128, 2.5, weights="int8"),
+    Step("Llama-3.1-8B", 1, 128, weights="fp8"),
+    Step("Llama-3.1-8B", 1, 128, weights="int4"),
+    Step("Llama-3.1-8B", 64, 2048),
+    Step("Llama-3.1-8B", 64, 2048, pages=torch.float8_e4m3fn),
+    Step("Llama-3.2-1B", 8, 2048),
+    Step("Llama-3.2-1B", 64, 2048),
 )
 
 
@@ -115,26 +134,30 @@ def build(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Deco
     return decoder
 
 
-def step_time(config: ModelConfig, rows: int, context: int, dry: bool) -> tuple[float, float]:
+def step_time(step: Step, dry: bool) -> tuple[float, float]:
     """Seconds of a decode step, and the bytes that it must read."""
+    config = shrunk(SHAPES[step.shape]) if dry else SHAPES[step.shape]
+    rows, context = min(step.rows, 3) if dry else step.rows, step.context
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     decoder = build(config, device, dtype)
+    if step.weights:
+        quantize(decoder, step.weights)
     new = 8 if dry else 96
     width = -(-(context + new) // PAGE)
-    cache = Cache(config, rows * width, PAGE, dtype, device)
+    cache = Cache(config, rows * width, PAGE, step.pages or dtype, device)
     runner = Runner(decoder, cache, rows, graphs=True)
     table = np.arange(rows * width, dtype=np.int32).reshape(rows, width)
     seats = np.arange(rows, dtype=np.int32)
     taken = [Seat(i, Sampling(temperature=0), 0, [], [], context) for i in range(rows)]
     waits: list[Callable[[], object]] = []
     began = 0.0
-    for step in range(new):
-        if step == new // 4:  # graphs are recorded, and clocks are up
+    for number in range(new):
+        if number == new // 4:  # graphs are recorded, and clocks are up
             while waits:
                 waits.pop(0)()
             began = time.perf_counter()
-        length = context + step
+        length = context + number
         batch = Batch(
             tokens=np.full(rows, LAST_SAMPLE, np.int32),
             starts=np.arange(rows + 1, dtype=np.int32),
@@ -148,7 +171,7 @@ def step_time(config: ModelConfig, rows: int, context: int, dry: bool) -> tuple[
             beam_at=NONE,
             beam_seat=NONE,
             logprobs=False,
-            taken=taken if step == 0 else [],
+            taken=taken if number == 0 else [],
         )
         waits.append(runner.launch(batch))
         if len(waits) > 1:
@@ -156,10 +179,15 @@ def step_time(config: ModelConfig, rows: int, context: int, dry: bool) -> tuple[
     while waits:
         waits.pop(0)()
     seconds = (time.perf_counter() - began) / (new - new // 4)
-    used = sum(p.numel() * p.element_size() for p in decoder.parameters())
+    used = sum(p.nbytes for p in decoder.parameters()) + sum(
+        part.nbytes
+        for module in decoder.modules()
+        if isinstance(weight := getattr(module, "weight", None), tuple)
+        for part in weight
+    )
     if not config.tied:
         used -= config.vocabulary * config.hidden * dtype.itemsize
-    return seconds, used + rows * context * Cache.page_bytes(config, 1, dtype)
+    return seconds, used + rows * context * Cache.page_bytes(config, 1, cache.pages.dtype)
 
 
 def correctness(options: Namespace) -> int:
@@ -167,35 +195,57 @@ def correctness(options: Namespace) -> int:
         flags = ["-m", "not slow", "tests/model/test_graphs.py", "tests/kernels/test_backend.py"]
     else:
         flags = ["-m", "cuda"]
-    command = [sys.executable, "-m", "pytest", "-q", *flags]
-    return subprocess.run(command, check=False, timeout=480).returncode
+    return _run(["pytest", "-q", *flags], 480)
+
+
+def _run(module: list[str], seconds: float) -> int:
+    """Its exit status; 1 if it takes too long, which is said."""
+    try:
+        return subprocess.run(
+            [sys.executable, "-m", *module], check=False, timeout=seconds
+        ).returncode
+    except subprocess.TimeoutExpired:
+        print(f"{module[0]} took longer than {seconds:.0f} s and was ended.")
+        return 1
 
 
 def speed(options: Namespace) -> int:
     dry = options.dry_run
     ceiling = limits.measure(2 if dry else 5)
-    kernels = [sys.executable, "-m", "benchmarks.kernels", *(["--dry-run"] if dry else [])]
-    status = subprocess.run(kernels, check=False, timeout=300).returncode
+    flags = ["--dry-run"] * dry + ["--save"] * options.save
+    status = _run(["benchmarks.kernels", *flags], 300)
     rows: list[harness.Row] = []
-    for name, count, context, bar in tqdm(STEPS, desc="whole steps", disable=None, leave=False):
-        config = shrunk(SHAPES[name]) if dry else SHAPES[name]
-        seconds, read = step_time(config, min(count, 3) if dry else count, context, dry)
+    for step in tqdm(STEPS, desc="whole steps", disable=None, leave=False):
+        seconds, read = step_time(step, dry)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         rows.append(
             {
-                "step": name,
-                "rows": count,
-                "context": context,
+                "step": " ".join(filter(None, (step.shape, step.weights))),
+                "rows": step.rows,
+                "context": step.context,
+                "pages": str(step.pages or "").removeprefix("torch."),
                 "ms": seconds * 1e3,
-                "first bar": bar,
+                "first bar": step.bar,
                 "floor ms": read / ceiling.read * 1e3,
                 "of floor": read / ceiling.read / seconds,
-                "tok/s": count / seconds,
+                "tok/s": step.rows / seconds,
             }
         )
-    harness.finish("gpu_suite", rows, options, limits=asdict(ceiling), dry_run=dry)
+    harness.plot(options.plot, "Whole steps", "rows", "share of the floor", _lines(rows))
+    served = gpu_server.measure(dry)
+    harness.table(served)
+    harness.finish("gpu_suite", rows, options, limits=asdict(ceiling), dry_run=dry, server=served)
     return status
+
+
+def _lines(rows: list[harness.Row]) -> dict[str, tuple[list[float], list[float]]]:
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        xs, ys = found.setdefault(f"{row['step']} {row['pages']}", ([], []))
+        xs.append(float(row["rows"]))
+        ys.append(float(row["of floor"]))
+    return found
 
 
 def main() -> int:

@@ -196,12 +196,12 @@ def _shared(groups: int, width: int, prefix: int, own: int, bench: Bench) -> Wor
 # ── pages ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _store(tokens: int, bench: Bench) -> Work:
+def _store(tokens: int, bench: Bench, page_dtype: torch.dtype | None = None) -> Work:
     tokens = bench.size(tokens, 5)
     heads = HEADS + 2 * KV_HEADS
     copies = bench.copies(tokens * heads * DIM * bench.dtype.itemsize)
     whole = [bench.random(tokens, heads, DIM) for _ in range(copies)]
-    pages = _pages(bench, -(-tokens // PAGE))
+    pages = _pages(bench, -(-tokens // PAGE), page_dtype)
     table = torch.randn(8192, DIM, device=bench.device)
     at = torch.arange(tokens, device=bench.device) % 8192
     turn: dict[str, Any] = {"table": table, "at": at}
@@ -209,9 +209,11 @@ def _store(tokens: int, bench: Bench) -> Work:
 
     def run(i: int) -> Tensor:
         query, key, value = whole[i].split_with_sizes([HEADS, KV_HEADS, KV_HEADS], 1)
-        return store(query, key, value, pages.keys, pages.values, at, **turn)
+        return store(query, key, value, pages.keys, pages.values, at, **turn, **pages.scales)
 
-    return Work(2 * whole[0].nbytes + tokens * DIM * 4, copies=copies, rivals={"kvist": run})
+    query, written = HEADS * bench.dtype.itemsize, 2 * KV_HEADS * pages.keys.element_size()
+    size = whole[0].nbytes + tokens * DIM * (query + written + 4)
+    return Work(size, copies=copies, rivals={"kvist": run})
 
 
 def _copy(pages: int, bench: Bench) -> Work:
@@ -260,8 +262,8 @@ def _gate(rows: int, bench: Bench) -> Work:
     return Work(1.5 * x.nbytes, rivals=rivals)
 
 
-def _linear(rows: int, kind: str, bench: Bench) -> Work:
-    out, inner = bench.size(28672, 64), bench.size(4096, 256)
+def _linear(rows: int, kind: str, bench: Bench, out: int = 28672, inner: int = 4096) -> Work:
+    out, inner = bench.size(out, 64), bench.size(inner, inner // 8)
     formats: dict[str, Callable[[Tensor], Any]] = {
         "float": lambda w: w,
         "int8": quantize_int8,
@@ -281,13 +283,14 @@ def _linear(rows: int, kind: str, bench: Bench) -> Work:
     return Work(work, 2.0 * rows * out * inner, copies, rivals)
 
 
-def _sample(rows: int, bench: Bench) -> Work:
+def _sample(rows: int, bench: Bench, filters: bool = True) -> Work:
     rows, size = bench.size(rows, 2), bench.size(131072, 512)
     copies = bench.copies(rows * size * 4)
     logits = [bench.random(rows, size).float() for _ in range(copies)]
     bits = torch.randint(-(2**62), 2**62, (rows,), device=bench.device)
     # temperature, top_k, top_p, min_p, typical_p
-    settings = torch.tensor([[0.8, 50.0, 0.9, 0.02, 1.0]], device=bench.device).repeat(rows, 1)
+    one = [0.8, 50.0, 0.9, 0.02, 1.0] if filters else [0.8, 0.0, 1.0, 0.0, 1.0]
+    settings = torch.tensor([one], device=bench.device).repeat(rows, 1)
 
     def torchs(i: int) -> Tensor:
         """Less than is asked for: top-k and top-p alone, and no seed."""
@@ -333,6 +336,7 @@ def cases() -> Iterator[Case]:
     yield case("shared", "16 × 8 beams, 4k", _shared, 16, 8, 4096, 64)
     yield case("store", "64 rows", _store, 64)
     yield case("store", "8k tokens", _store, 8192)
+    yield case("store", "8k tokens fp8", _store, 8192, page_dtype=torch.float8_e4m3fn)
     yield case("copy_pages", "1 GB", _copy, 256)
     yield case("add_rms_norm", "64 × 4096", _norm, 64)
     yield case("add_rms_norm", "8k × 4096", _norm, 8192)
@@ -340,6 +344,10 @@ def cases() -> Iterator[Case]:
     for rows in (1, 16):
         for kind in ("float", "int8", "fp8", "int4"):
             yield case("linear", f"{rows} × 28672 × 4096 {kind}", _linear, rows, kind)
+    for kind in ("float", "int8"):  # few outputs: cut along the rows
+        narrow = {"out": 4096, "inner": 14336}
+        yield case("linear", f"1 × 4096 × 14336 {kind}", _linear, 1, kind, **narrow)
     yield case("sample", "128 × 131k", _sample, 128)
     yield case("sample", "1 × 131k", _sample, 1)
+    yield case("sample", "1 × 131k unfiltered", _sample, 1, filters=False)
     yield case("beam step", "128 × 131k", _beams, 128)

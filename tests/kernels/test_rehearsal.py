@@ -1,4 +1,4 @@
-"""The kernel benchmark, run as people run it, on a machine that cannot time a GPU."""
+"""The benchmarks for GPUs, run as people run it, on a machine that cannot time a GPU."""
 
 import json
 import subprocess
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import gpu_server, gpu_suite
 from kernels.backend import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
@@ -26,6 +27,15 @@ def test_every_case_can_be_rehearsed() -> None:
     ours = [row for row in record["rows"] if row["rival"] == "kvist"]
     assert {row["kernel"] for row in ours} >= {"decode", "prefill", "shared", "store", "sample"}
     assert [row for row in record["rows"] if row["note"]] == []
+
+
+@pytest.mark.slow
+def test_every_step_of_the_suite_can_be_rehearsed() -> None:
+    for step in gpu_suite.STEPS:
+        seconds, read = gpu_suite.step_time(step, dry=True)
+        assert seconds > 0
+        assert read > 0
+    assert all(row["ratio"] for row in gpu_server.measure(dry=True))
 
 
 def test_variants_are_listed_with_what_they_cost() -> None:
