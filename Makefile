@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check bench simulate clean
+.PHONY: help run test test-slow check bench performance simulate clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ check: .venv/.test ## ruff, mypy strict, the rules of the house
 
 bench: .venv/.test ## three minutes of benchmarks on the embedded model
 	$(BIN)/python -m benchmarks
+
+performance: .venv/.test ## docs/performance.md from the results that were kept
+	$(BIN)/python -m benchmarks.page
 
 simulate: .venv/.test ## a million requests through the simulated engine, an hour
 	$(BIN)/python -m benchmarks.simulate $(ARGS)

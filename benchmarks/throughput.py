@@ -1,21 +1,25 @@
 """Tokens a second, over how many ask at once, and over how often they come.
 
-    python -m benchmarks.throughput [MODEL] [--clients 1 4 16 64] [--rates 2 8]
+    python -m benchmarks.throughput [MODEL] [--clients 1 4 16 64 256] [--rates 2 8] [--over http]
 
 `clients` ask again as soon as they are answered (closed loop); `rates` are requests a second that
-come when they come (open loop, Poisson). Every request is 32 tokens after a prompt of its own; a
-second pass lets all prompts share their first half, with the prefix cache on. Goodput counts the
-requests whose first token came within the target.
+come when they come (open loop): Poisson, and in bursts of 8. Every request is 32 tokens after a
+prompt of its own; a second pass lets all prompts share their first half, with the prefix cache on.
+Goodput counts the requests whose first token came within the target. `offline` is the engine in
+this process, `http` a server on loopback with its clients here.
 """
 
+import asyncio
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks import clients, harness
+from benchmarks.soak import served
 from model.quantize import FORMATS
 from model.sampling import Sampling
 from server import Engine
@@ -23,29 +27,49 @@ from server.engine.request import Request
 
 PROMPT, NEW = 64, 32
 TARGET = 0.5  # seconds to the first token
+BURST = 8
+Load = tuple[str, int, Sequence[float] | None]  # its name, clients or requests, when they come
+
+
+def loads(options: Namespace) -> list[Load]:
+    found: list[Load] = [(f"{count} clients", count, None) for count in options.clients]
+    for rate in options.rates:
+        for burst, name in ((1, "a second"), (BURST, "a second, bursts")):
+            count = max(int(4 * rate), BURST)
+            found.append((f"{rate:g} {name}", count, arrivals(rate, count, burst)))
+    return found
+
+
+def arrivals(rate: float, count: int, burst: int) -> list[float]:
+    """Seconds at which `count` requests come, `burst` at a time, `rate` a second on average."""
+    gaps = np.random.default_rng(2).exponential(burst / rate, -(-count // burst))
+    return np.repeat(np.cumsum(gaps), burst)[:count].tolist()
+
+
+def prompts(vocabulary: int, count: int, shared: bool, seed: int) -> list[list[int]]:
+    """Of random ids; `seed` makes each load's new to a cache, all but a `shared` beginning."""
+    found = np.random.default_rng(seed).integers(1, vocabulary - 1, (count, PROMPT))
+    if shared:
+        found[:, : PROMPT // 2] = np.random.default_rng(0).integers(1, vocabulary - 1, PROMPT // 2)
+    return found.tolist()
 
 
 class Crowd:
-    """Requests with a clock on each."""
+    """Requests to the engine of this process, with a clock on each."""
 
-    def __init__(self, engine: Engine, shared: bool) -> None:
-        self.engine, self.chance = engine, np.random.default_rng(1)
-        self.vocabulary = engine.parts.ready.config.vocabulary
-        self.beginning = self._ids(PROMPT // 2) if shared else []
-        self.asked: dict[str, float] = {}
+    def __init__(self, engine: Engine, asked: list[list[int]]) -> None:
+        self.engine, self.asked = engine, asked
+        self.began: list[float] = []
         self.first: dict[str, float] = {}
-        self.tokens = 0
-        self.done = 0
-
-    def _ids(self, count: int) -> list[int]:
-        return self.chance.integers(1, self.vocabulary - 1, count).tolist()
+        self.tokens = self.done = 0
 
     def ask(self) -> None:
-        name = f"{len(self.asked)}-{time.monotonic_ns()}"
-        ids = self.beginning + self._ids(PROMPT - len(self.beginning))
-        greedy = Sampling(temperature=0)
-        self.asked[name] = time.perf_counter()
-        self.engine.submit(Request(id=name, prompt=ids, max_tokens=NEW, sampling=greedy))
+        number = len(self.began)
+        greedy, name = Sampling(temperature=0), str(number)
+        self.began.append(time.perf_counter())
+        self.engine.submit(
+            Request(id=name, prompt=self.asked[number], max_tokens=NEW, sampling=greedy)
+        )
 
     def step(self) -> None:
         for event in self.engine.step():
@@ -53,80 +77,106 @@ class Crowd:
             self.first.setdefault(event.id, time.perf_counter())
             self.done += event.done
 
+    def run(self, count: int, due: Sequence[float] | None) -> None:
+        """`count` clients at a time, or each when it is due."""
+        start = time.perf_counter()
+        while self.done < len(self.asked):
+            while len(self.began) < len(self.asked) and (
+                len(self.began) - self.done < count
+                if due is None
+                else time.perf_counter() - start >= due[len(self.began)]
+            ):
+                self.ask()
+            self.step()
+
     def waits(self) -> list[float]:
-        return [self.first[name] - asked for name, asked in self.asked.items()]
+        return [self.first[str(number)] - began for number, began in enumerate(self.began)]
 
 
-def closed(crowd: Crowd, clients: int, total: int) -> float:
-    """Seconds until `total` requests are answered, `clients` at a time."""
-    began = time.perf_counter()
-    while crowd.done < total:
-        while len(crowd.asked) < total and len(crowd.asked) - crowd.done < clients:
-            crowd.ask()
-        crowd.step()
-    return time.perf_counter() - began
+def offline(options: Namespace, shared: bool) -> Iterator[dict[str, Any]]:
+    engine = Engine(
+        options.model, threads=options.threads, quantize=options.quantize, prefix_cache=shared
+    )
+    vocabulary = engine.parts.ready.config.vocabulary
+    Crowd(engine, prompts(vocabulary, 1, shared, 99)).run(1, None)
+    for seed, (name, count, due) in enumerate(loads(options)):
+        crowd = Crowd(engine, prompts(vocabulary, total(count, due), shared, 100 + seed))
+        began = time.perf_counter()
+        crowd.run(count, due)
+        yield {"load": name} | told(crowd.tokens, crowd.waits(), time.perf_counter() - began)
 
 
-def opened(crowd: Crowd, rate: float, total: int) -> float:
-    """Seconds until `total` requests are answered that come at `rate` a second on average."""
-    due = iter(np.cumsum(crowd.chance.exponential(1 / rate, total)).tolist())
-    began, following = time.perf_counter(), next(due)
-    while crowd.done < total:
-        while following is not None and time.perf_counter() - began >= following:
-            crowd.ask()
-            following = next(due, None)
-        crowd.step()
-    return time.perf_counter() - began
+async def over_http(options: Namespace, shared: bool) -> list[dict[str, Any]]:
+    vocabulary, rows = clients.vocabulary(options.model), []
+    async with served(options, *clients.flags(options, shared)) as server:
+        await clients.ask(server.port, prompts(vocabulary, 1, shared, 99)[0], NEW)
+        for seed, (name, count, due) in enumerate(loads(options)):
+            asked = prompts(vocabulary, total(count, due), shared, 100 + seed)
+            began = time.perf_counter()
+            if due is None:
+                answers = await clients.closed(server.port, asked, NEW, count)
+            else:
+                answers = await clients.opened(server.port, asked, NEW, due)
+            seconds = time.perf_counter() - began
+            tokens = sum(answer.tokens for answer in answers)
+            waits = [answer.first for answer in answers]
+            rows.append({"load": name} | told(tokens, waits, seconds))
+    return rows
 
 
-def cases(options: Namespace) -> Iterator[tuple[str, Callable[[Crowd], float], int]]:
-    for clients in options.clients:
-        total = max(2 * clients, 8)
-        yield f"{clients} clients", partial(closed, clients=clients, total=total), total
-    for rate in options.rates:
-        total = max(int(4 * rate), 8)
-        yield f"{rate:g} a second", partial(opened, rate=rate, total=total), total
+def total(count: int, due: Sequence[float] | None) -> int:
+    """Requests: each client asks twice or more."""
+    return max(2 * count, 8) if due is None else count
+
+
+def told(tokens: int, waits: Sequence[float], seconds: float) -> dict[str, float]:
+    middle, late = np.percentile(waits, [50, 99]) * 1e3
+    return {
+        "requests": len(waits),
+        "tok/s": tokens / seconds,
+        "first p50 ms": float(middle),
+        "first p99 ms": float(late),
+        "goodput/s": sum(wait <= TARGET for wait in waits) / seconds,
+    }
 
 
 def main() -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("model", nargs="?", help="a folder or hub name; nothing: the embedded one")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64, 256])
     parser.add_argument("--rates", type=float, nargs="*", default=[4.0])
+    parser.add_argument(
+        "--over", nargs="+", choices=["offline", "http"], default=["offline", "http"]
+    )
     parser.add_argument("--quantize", choices=["none", *FORMATS], default="none")
     options = parser.parse_args()
     rows: list[harness.Row] = []
-    for shared in (False, True):
-        engine = Engine(
-            options.model, threads=options.threads, quantize=options.quantize, prefix_cache=shared
+    passes = [(way, shared) for way in options.over for shared in (False, True)]
+    for way, shared in tqdm(passes, desc="throughput", disable=None, leave=False):
+        prefix = {"over": way, "prefix": "shared" if shared else "own"}
+        found = (
+            offline(options, shared)
+            if way == "offline"
+            else asyncio.run(over_http(options, shared))
         )
-        closed(Crowd(engine, shared), 1, 1)
-        for name, run, total in cases(options):
-            crowd = Crowd(engine, shared)
-            seconds = run(crowd)
-            waits = crowd.waits()
-            middle, late = np.percentile(waits, [50, 99]) * 1e3
-            rows.append(
-                {
-                    "load": name,
-                    "prefix": "shared" if shared else "own",
-                    "requests": total,
-                    "tok/s": crowd.tokens / seconds,
-                    "first p50 ms": float(middle),
-                    "first p99 ms": float(late),
-                    "goodput/s": sum(wait <= TARGET for wait in waits) / seconds,
-                }
-            )
-    half = len(options.clients)
+        rows += [prefix | row for row in found]
     lines = {
-        prefix: (
-            [float(n) for n in options.clients],
-            [float(row["tok/s"]) for row in rows if row["prefix"] == prefix][:half],
-        )
+        f"{way}, {prefix} prefix": _line(rows, way, prefix, options.clients)
+        for way in options.over
         for prefix in ("own", "shared")
     }
     harness.plot(options.plot, "Throughput", "clients", "tokens/s", lines)
-    harness.finish("throughput", rows, options, prompt=PROMPT, new=NEW, target=TARGET)
+    kept = {name: ys[-1] / max(ys) for name, (_, ys) in lines.items()}
+    harness.finish(
+        "throughput", rows, options, prompt=PROMPT, new=NEW, target=TARGET, last_of_best=kept
+    )
+
+
+def _line(
+    rows: Sequence[harness.Row], way: str, prefix: str, counts: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    speeds = [row["tok/s"] for row in rows if (row["over"], row["prefix"]) == (way, prefix)]
+    return [float(count) for count in counts], speeds[: len(counts)]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""docs/performance.md, from the results that were kept in benchmarks/results/.
+
+    python -m benchmarks.page [--check]
+
+Nothing on that page is written by hand: a number without its machine, versions and command is
+gossip. `--check` says whether the page is what this would write.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, _cell
+
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+ORDER = ("compare", "throughput", "latency", "beam", "front", "loading", "scheduler", "limits")
+HEAD = """# Performance
+
+Every table below is one run of one command, kept as JSON in `benchmarks/results/`;
+`make performance` writes this page from them. Machines differ and neighbours disturb: compare
+within a table, mind the spread, and run the command on your own machine before you decide.
+"""
+EMPTY = "No result has been kept yet: run a benchmark with `--save`.\n"
+NOTES = {
+    "compare": """Random weights of one shape, in each engine's own format; prompts of random ids,
+forced to equal length. *Decode* is one stream, 128 tokens after a prompt of 128, without the time
+of the first; *streams* are as many such requests at once, with their prompts; *prefill* is a prompt
+of 1,024; *beam 4* is 64 tokens. *Ratio* is Kvist's speed over the other's, the median over rounds
+in which all took their turn: above 1, Kvist is faster. *Of limit* is the share of what the memory's
+bandwidth and the units' rate allow, both measured in the same run.""",
+    "throughput": """Requests of 32 tokens after 64. *Clients* ask again when they are answered;
+*a second* is how often requests come by themselves. Goodput counts those whose first token came in
+time.""",
+    "latency": """The first token of all rows of a batch, and the time from token to token:
+percentiles.""",
+}
+
+
+def page(results: Sequence[Mapping[str, Any]]) -> str:
+    """In a fixed order, whatever the files are called."""
+    parts = [section(result) for result in sorted(results, key=_rank)]
+    return "\n".join([HEAD, *(parts or [EMPTY])])
+
+
+def _rank(result: Mapping[str, Any]) -> tuple[int, str, str, str]:
+    name = result["benchmark"]
+    place = ORDER.index(name) if name in ORDER else len(ORDER)
+    return place, name, result.get("shape") or "", result["device"]
+
+
+def section(result: Mapping[str, Any]) -> str:
+    lines = [f"## {_title(result)}", ""]
+    if result["benchmark"] in NOTES:
+        lines += [NOTES[result["benchmark"]], ""]
+    lines += [conditions(result), ""]
+    if result.get("disturbed"):
+        lines += ["**This run was disturbed**: its spread is above 15 %.", ""]
+    lines += [*ceilings(result), *tables(result["rows"]), *missing(result)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _title(result: Mapping[str, Any]) -> str:
+    name = result["benchmark"].replace("_", " ").capitalize()
+    return f"{name}: {result['shape']}" if result.get("shape") else name
+
+
+def conditions(result: Mapping[str, Any]) -> str:
+    versions = {"Python": result["python"], "torch": result["torch"]} | result.get("versions", {})
+    told = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return (
+        f"{result['device']}, {result['cores']} cores, load {result['load']:.1f}; {told}; "
+        f"commit `{result['commit']}`. `python {result['command']}`"
+    )
+
+
+def ceilings(result: Mapping[str, Any]) -> Iterator[str]:
+    """What the machine can do, of each number of threads if there are several."""
+    found = result.get("limits")
+    if not found:
+        return
+    for threads, limit in found.items() if "read" not in found else [("", found)]:
+        rates = [f"{limit['read'] / 1e9:.1f} GB/s read", f"{limit['float32'] / 1e9:,.0f} GFLOP/s"]
+        if limit.get("int8"):
+            rates.append(f"{limit['int8'] / 1e9:,.0f} int8 GOP/s")
+        count = f"With {threads} threads: " if threads else ""
+        yield f"Limits measured in this run. {count}{', '.join(rates)}.\n"
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The best of each column needs no bold: rows stand as they were measured."""
+    names = [name for name in rows[0] if any(row.get(name) not in (None, "") for row in rows)]
+    yield "| " + " | ".join(names) + " |"
+    yield "|" + "|".join(" --- " if _words(rows, name) else " ---: " for name in names) + "|"
+    for row in rows:
+        yield "| " + " | ".join(_cell(row.get(name)).replace("|", "\\|") for name in names) + " |"
+    yield ""
+
+
+def _words(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return any(isinstance(row.get(name), str) for row in rows)
+
+
+def missing(result: Mapping[str, Any]) -> Iterator[str]:
+    for name, why in result.get("missing", {}).items():
+        yield f"- {name}: {why}"
+
+
+def kept(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    text = page(kept())
+    if given.check:
+        same = PAGE.exists() and PAGE.read_text() == text
+        sys.exit(None if same else "docs/performance.md is not what `make performance` writes")
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
