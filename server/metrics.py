@@ -53,6 +53,8 @@ GEN_AI = {
 class Watched(Protocol):
     """The part of the engine's client that tells numbers."""
 
+    info: dict[str, Any]
+
     @property
     def unread(self) -> int: ...
     def stats(self) -> Stats: ...
@@ -231,6 +233,10 @@ class _Engine:
         info, names = (str(stats.page_size), str(stats.pages)), ("block_size", "num_gpu_blocks")
         config = "vllm:cache_config_info"
         yield self._many(GaugeMetricFamily, config, "the KV cache", [(info, 1)], names)
+        kernels = self._engine.info.get("kernels", {}).items()
+        ways = [((kernel, why.partition(":")[0]), 1) for kernel, why in kernels]
+        about = "how each kernel runs: on a GPU, torch means that it is not trusted"
+        yield self._many(GaugeMetricFamily, "kernels", about, ways, ("kernel", "way"))
         for name, about, label, counts in (
             ("requests_aborted", "cancelled or failed, by where", "where", stats.aborted),
             ("engine_requests_rejected", "refused in the engine", "reason", stats.rejected),

@@ -85,6 +85,7 @@ class FakeEngine:
         self.code = "engine_down"  # … with this code
         self.burst = 1  # tokens an event
         self.raises: Exception | None = None
+        self.info: dict[str, Any] = {"kernels": {"sample": "torch: result 0 is off by 3"}}
 
     @property
     def unread(self) -> int:

@@ -544,6 +544,7 @@ def test_metrics_have_vllms_names_and_a_fixed_number_of_series(rig: Rig) -> None
         "vllm:request_queue_time_seconds_bucket", "vllm:request_prefill_time_seconds_bucket",
         "vllm:request_inference_time_seconds_bucket", "vllm:request_decode_time_seconds_bucket",
         "event_loop_lag_seconds_bucket", "unread_events", "nan_rows_total", "build_info", "pages",
+        'kernels{kernel="sample",way="torch"} 1.0',
     ):  # fmt: skip
         assert name in before, name
     for i in range(20):
