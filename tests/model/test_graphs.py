@@ -1,10 +1,15 @@
 """The decode step that CUDA replays, rehearsed: padding and fixed buffers change nothing."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.backend import HAS_TRITON, Device, pretend
 from model.batch import LAST_SAMPLE, Batch, Seat
 from model.cache import Cache
 from model.graphs import RUNGS
@@ -90,6 +95,54 @@ def test_a_row_that_masks_leave_nothing_is_bad_and_no_other(tmp_path: Path) -> N
     found = runner.launch(batch([[5] * 3] * 3, 3, seats))()
     assert found.bad.tolist() == [0, 1, 0]
     assert (found.tokens >= 0).tolist() == [True, False, True]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a GPU would have to answer before the host can go on."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2")
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.__name__.partition(".")[0]
+        assert name not in self.WAITS, f"{name} waits for the device"
+        if name in ("index", "index_put", "index_put_"):
+            kinds = [index.dtype for index in args[1] if index is not None]
+            assert torch.bool not in kinds, "to index by truths is to wait for their number"
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
+@pytest.mark.parametrize("label", ["llama", "gpt_oss", "bloom"])
+def test_a_step_never_waits_for_the_device(
+    label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose kernels are named and not run: prompts that are scored, draws with all
+    that looks back, beams, copies, and a graph."""
+    make(label, tmp_path)
+    decoder = load(tmp_path, dtype=torch.float32)
+    runner = Runner(decoder, Cache(decoder.config, ROWS * WIDTH, PAGE), ROWS, graphs=True)
+    looks = Sampling(repetition_penalty=1.5, logit_bias={3: 1.0}, bad_words=((5, 6), (7,)))
+    seats = [Seat(i, looks if i else Sampling(), 0, [5] * 3, [], 3) for i in range(3)]
+    all_rows, copies = np.arange(3, dtype=np.int32), np.array([[0, 1, 2]], np.int32)
+    prompts = batch([[5] * 3] * 3, 3, seats)
+    prompts.score_at, prompts.score_token = all_rows, all_rows
+    beams = replace(batch([[5]] * 3, 5, []), beam_at=all_rows, beam_seat=all_rows, beam_width=4)
+    beams = replace(beams, sample_at=NONE, sample_seat=NONE)
+    plain = [Seat(i, Sampling(top_k=3), 0, [], [], 6) for i in range(3)]
+    monkeypatch.setattr(torch.Tensor, "tolist", None)
+    waiting = NoWaiting()  # type: ignore[no-untyped-call, unused-ignore]
+    with pretend(Device("an H200", 90, 132)), waiting:
+        for step in (
+            prompts,
+            replace(batch([[6]] * 3, 4, []), copies=copies, logprobs=False),
+            beams,
+            replace(batch([[5]] * 3, 6, plain), logprobs=False),
+        ):
+            runner.launch(step)()
+    assert runner.graphs is not None
+    assert len(runner.graphs.recorded) == 1
 
 
 def test_rungs_rise() -> None:
