@@ -68,7 +68,8 @@ def test_any_mix_gives_what_each_gets_alone(decoder: Decoder, name: str) -> None
         expected = run(alone, [request])[request.id]
         for choice, other in zip(_told(together[request.id]), _told(expected), strict=True):
             assert choice.tokens == other.tokens
-            assert choice.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+            # A sum in another order may round to the next of 255 steps.
+            assert choice.logprobs == pytest.approx(other.logprobs, abs=0.03)
 
 
 def _told(event: Event) -> list[Any]:

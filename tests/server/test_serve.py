@@ -128,7 +128,7 @@ def client(running: Process) -> Iterator[Any]:
 
 def test_it_says_what_runs(running: Process) -> None:
     """One line: model, device, kernels and why, KV tokens, URL."""
-    until(lambda: running.lines)
+    until(lambda: any("serves" in line for line in running.lines))
     told = next(json.loads(line)["msg"] for line in running.lines if "serves" in line)
     for word in ("tiny", "cpu", "float32", "32768 tokens", f"127.0.0.1:{running.port}"):
         assert word in told
