@@ -1,5 +1,6 @@
 """The decode step that CUDA replays, rehearsed: padding and fixed buffers change nothing."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,10 @@ def test_a_row_that_masks_leave_nothing_is_bad_and_no_other(tmp_path: Path) -> N
 class NoWaiting(TorchDispatchMode):
     """Raises where a GPU would have to answer before the host can go on."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2")
+    WAITS = (  # as inference mode names them
+        *("item", "is_nonzero", "nonzero", "nonzero_numpy", "masked_select", "equal", "bincount"),
+        *("_unique2", "unique_dim", "repeat_interleave", "_local_scalar_dense", "allclose"),
+    )
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -111,6 +115,22 @@ class NoWaiting(TorchDispatchMode):
             kinds = [index.dtype for index in args[1] if index is not None]
             assert torch.bool not in kinds, "to index by truths is to wait for their number"
         return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        torch.Tensor.item,
+        bool,
+        torch.nonzero,
+        lambda x: x[x > 0],
+        lambda x: torch.nonzero(x, as_tuple=True),
+    ],
+)
+def test_what_waits_is_seen(wait: Callable[[torch.Tensor], object]) -> None:
+    waiting = NoWaiting()  # type: ignore[no-untyped-call, unused-ignore]
+    with torch.inference_mode(), waiting, pytest.raises(AssertionError, match="wait"):
+        wait(torch.ones(1))
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here")
