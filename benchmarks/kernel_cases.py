@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.activation import gate
+from kernels.activation import activate, gate
 from kernels.attention import attention
+from kernels.experts import experts
 from kernels.linear import linear, quantize_fp8, quantize_int4, quantize_int8
-from kernels.norm import add_rms_norm
+from kernels.norm import add_layer_norm, add_rms_norm
 from kernels.pages import copy_pages, store
+from kernels.penalties import penalise
 from kernels.sampling import sample
 from kernels.sharing import Shared, find_shared
 from kernels.topk import top_logprobs
@@ -233,7 +235,7 @@ def _copy(pages: int, bench: Bench) -> Work:
 # ── the rest of a step ────────────────────────────────────────────────────────────────────────
 
 
-def _norm(rows: int, bench: Bench) -> Work:
+def _norm(rows: int, bench: Bench, rms: bool = True) -> Work:
     rows, width = bench.size(rows, 3), bench.size(4096, 64)
     copies = bench.copies(4 * rows * width * 2)
     xs = [(bench.random(rows, width), bench.random(rows, width)) for _ in range(copies)]
@@ -241,12 +243,16 @@ def _norm(rows: int, bench: Bench) -> Work:
 
     def torchs(i: int) -> Tensor:
         total = xs[i][0] + xs[i][1]
-        return F.rms_norm(total, (width,), weight, 1e-5)
+        if rms:
+            return F.rms_norm(total, (width,), weight, 1e-5)
+        return F.layer_norm(total, (width,), weight, weight, 1e-5)
 
-    rivals: dict[str, Rival] = {
-        "kvist": lambda i: add_rms_norm(*xs[i], weight, 1e-5),
-        "torch": torchs,
-    }
+    def ours(i: int) -> object:
+        if rms:
+            return add_rms_norm(*xs[i], weight, 1e-5)
+        return add_layer_norm(*xs[i], weight, weight, 1e-5)
+
+    rivals: dict[str, Rival] = {"kvist": ours, "torch": torchs}
     return Work(4 * xs[0][0].nbytes, copies=copies, rivals=rivals)
 
 
@@ -260,6 +266,31 @@ def _gate(rows: int, bench: Bench) -> Work:
 
     rivals: dict[str, Rival] = {"kvist": lambda _: gate(x, "silu"), "torch": torchs}
     return Work(1.5 * x.nbytes, rivals=rivals)
+
+
+def _activate(rows: int, bench: Bench) -> Work:
+    rows, width = bench.size(rows, 3), bench.size(16384, 64)
+    x = bench.random(rows, width)
+    rivals: dict[str, Rival] = {
+        "kvist": lambda _: activate(x, "gelu_tanh"),
+        "torch": lambda _: F.gelu(x, approximate="tanh"),
+    }
+    return Work(2 * x.nbytes, rivals=rivals)
+
+
+def _experts(tokens: int, bench: Bench) -> Work:
+    """The shape of Qwen 3 30B: 8 of 128 experts a token."""
+    count, per_token = bench.size(128, 4), bench.size(8, 2)
+    tokens, hidden, ff = bench.size(tokens, 3), bench.size(2048, 64), bench.size(768, 32)
+    up, down = bench.random(count, 2 * ff, hidden), bench.random(count, hidden, ff)
+    x, liking = bench.random(tokens, hidden), bench.random(tokens, count).float().softmax(-1)
+    shares, chosen = liking.topk(per_token)
+    used = len(chosen.unique())
+    return Work(
+        used * 3 * hidden * ff * x.element_size() + 2 * x.nbytes,
+        6.0 * tokens * per_token * hidden * ff,
+        rivals={"kvist": lambda _: experts(x, chosen, shares, up, down)},
+    )
 
 
 def _linear(rows: int, kind: str, bench: Bench, out: int = 28672, inner: int = 4096) -> Work:
@@ -306,6 +337,19 @@ def _sample(rows: int, bench: Bench, filters: bool = True) -> Work:
     return Work(logits[0].nbytes, copies=copies, rivals=rivals)
 
 
+def _penalise(rows: int, bench: Bench) -> Work:
+    rows, size = bench.size(rows, 2), bench.size(131072, 512)
+    logits, slots = bench.random(rows, size).float(), bench.ints(range(rows), torch.int64)
+    counts = torch.randint(0, 3, (rows, size), dtype=torch.int32, device=bench.device)
+    penalties = torch.tensor([[1.2, 0.1, 0.1]], device=bench.device).repeat(rows, 1)
+    masks = torch.full((rows, size // 32), -1, dtype=torch.int32, device=bench.device)
+
+    def ours(_: int) -> Tensor:
+        return penalise(logits, counts, slots, penalties, masks, slots)
+
+    return Work(3 * logits.nbytes + masks.nbytes, rivals={"kvist": ours})
+
+
 def _beams(rows: int, bench: Bench) -> Work:
     rows, size = bench.size(rows, 2), bench.size(131072, 512)
     copies = bench.copies(rows * size * 4)
@@ -340,7 +384,11 @@ def cases() -> Iterator[Case]:
     yield case("copy_pages", "1 GB", _copy, 256)
     yield case("add_rms_norm", "64 × 4096", _norm, 64)
     yield case("add_rms_norm", "8k × 4096", _norm, 8192)
+    yield case("add_layer_norm", "8k × 4096", _norm, 8192, rms=False)
     yield case("gate", "8k × 14336", _gate, 8192)
+    yield case("activate", "8k × 16384", _activate, 8192)
+    for tokens in (1, 64, 2048):
+        yield case("experts", f"{tokens} × 8 of 128", _experts, tokens, again=tokens == 1)
     for rows in (1, 16):
         for kind in ("float", "int8", "fp8", "int4"):
             yield case("linear", f"{rows} × 28672 × 4096 {kind}", _linear, rows, kind)
@@ -350,4 +398,5 @@ def cases() -> Iterator[Case]:
     yield case("sample", "128 × 131k", _sample, 128)
     yield case("sample", "1 × 131k", _sample, 1)
     yield case("sample", "1 × 131k unfiltered", _sample, 1, filters=False)
+    yield case("penalise", "128 × 131k", _penalise, 128)
     yield case("beam step", "128 × 131k", _beams, 128)

@@ -36,6 +36,14 @@ def test_a_variant_compiles_within_its_means(name: str, i: int, arch: int) -> No
     assert {one.name for one in made} >= set(rule.copies) - {"_shared" if probe.window else ""}
 
 
+def test_every_kernel_is_among_them() -> None:
+    """Paged and shared attention; turning, norming and writing; copies; and what follows."""
+    pages, norms = {"attention", "store", "rotate", "copy_pages"}, {"rms_norm", "layer_norm"}
+    norms |= {f"add_{norm}" for norm in norms}
+    draws = {"sample", "penalise", "top_logprobs"}
+    assert pages | norms | draws | {"activate", "gate", "linear", "experts"} == set(KERNELS)
+
+
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_no_kernel_falls_back_on_a_gpu(name: str) -> None:
     for probe in variants(name).probes:
