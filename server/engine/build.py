@@ -3,6 +3,7 @@
 The options are fields of `Settings` under their own names, as plain data.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,8 @@ def assemble(
         raise SettingError(str(error)) from error
     except (CheckpointError, TokenizerError, ValueError) as error:
         raise ModelError(str(error)) from error
+    except RuntimeError as error:
+        raise _too_large(error) from error
     gpu = ready.runner.device.type == "cuda"
     options = Options(
         seats=rows,
@@ -114,6 +117,17 @@ def assemble(
         vocabulary=ready.config.vocabulary,
     )
     return Parts(folder, ready, words), options
+
+
+def _too_large(error: RuntimeError) -> Exception:
+    """Memory that is not there, in our words; anything else as it is."""
+    wanted = re.search(r"[Tt]ried to allocate [\d.]+ \w+", str(error))
+    if wanted is None:
+        return error
+    return SettingError(
+        f"There is not enough memory: the engine {wanted[0].lower()}. Give it fewer --pages, fewer"
+        " --rows or a shorter --context, or take --quantize int8 or a smaller model."
+    )
 
 
 def _embedder(decoder: Decoder, device: torch.device) -> Callable[..., list[float]]:

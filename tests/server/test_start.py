@@ -77,6 +77,7 @@ def test_what_is_wrong_with_a_model_is_one_sentence(name: str, tmp_path: Path) -
     ("wrong", "says"),
     [
         ({"model": "nowhere/at/all"}, "nowhere"),
+        ({"pages": 1 << 40}, r"tried to allocate \d+ bytes. Give it fewer --pages"),  # T69
         ({"device": "abacus"}, "device is 'abacus'; expected auto, cpu"),
     ],
 )
