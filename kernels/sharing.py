@@ -14,6 +14,7 @@ Ints = npt.NDArray[np.int32]
 # graph, in which 4.3 TB/s read 1,400 tokens of 8 heads × 128 in bfloat16; below 200 tokens nobody
 # has seen it pay. Derived, not yet timed.
 LEAST = ((8, 200), (5, 350), (3, 700), (2, 1400))
+MOST = 256  # rows that are looked at: a step's are hardly more, and the search goes as deep
 
 
 class Shared(NamedTuple):
@@ -35,7 +36,7 @@ def find_shared(counts: Ints, lengths: Ints, page_table: Ints, page: int) -> Sha
     own = (lengths - 1) // page  # whole pages before the one being written
     rows = np.flatnonzero((counts == 1) & (own * page >= least))
     _, begins, often = np.unique(page_table[rows, 0], return_inverse=True, return_counts=True)
-    rows = rows[often[begins] > 1]  # of strangers nothing more is asked
+    rows = rows[often[begins] > 1][:MOST]  # of strangers nothing more is asked
     found = _best(rows.tolist(), own, page_table)[1]
     groups = [(members, pages) for members, pages in found if _pays(len(members), pages * page)]
     if not groups:

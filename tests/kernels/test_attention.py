@@ -319,6 +319,15 @@ def test_few_shared_reads_are_not_worth_a_launch(rows: int, tokens: int, pays: i
     assert (find_shared(lengths // 320, lengths, table, 16) is not None) == pays
 
 
+def test_each_row_of_many_may_branch_off_a_page_later() -> None:
+    table = np.tile(np.arange(700, dtype=np.int32), (600, 1))
+    for row in range(600):
+        table[row, 90 + row // 6 :] += 1000 * (row + 1)
+    shared = find_shared(np.ones(600, np.int32), np.full(600, 11_000, np.int32), table, 16)
+    assert shared is not None
+    assert shared.tokens.tolist() == [90 * 16]
+
+
 def partitions(rows: list[int]) -> Iterator[list[list[int]]]:
     if not rows:
         yield []
