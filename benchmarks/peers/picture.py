@@ -41,4 +41,5 @@ def _panel(place: Any, name: str, rows: Sequence[Row]) -> None:
     place.barh(names, most, color="whitesmoke", edgecolor="lightgray")
     place.barh(names, speed, xerr=error, color=colors)
     place.set_title(name, fontsize=9)
+    place.set_xlim(0)
     place.tick_params(labelsize=7)
