@@ -201,35 +201,38 @@ async def streams(asked: argparse.Namespace) -> Row:
 
 async def cancels(asked: argparse.Namespace) -> Row:
     """G3: clients that leave; nothing stays behind, and the others hardly notice."""
-    rate = 500
     async with served(asked) as one, health(one) as seen:
         alone = [(await ask(one.port, max_tokens=8)).seconds for _ in range(20)]
         rng, tasks, others = random.Random(1), [], []
+        loaded = _cpu(one.process.pid), _cpu(one.engine())
         end = time.monotonic() + asked.seconds
         while time.monotonic() < end:
             tasks += [
                 asyncio.create_task(ask(one.port, leave=rng.uniform(0, 0.2), max_tokens=200))
-                for _ in range(rate // 20)
+                for _ in range(asked.rate // 20)
             ]
-            if len(tasks) % 250 == 0:
+            if len(tasks) % (asked.rate // 2) == 0:
                 others.append(asyncio.create_task(ask(one.port, max_tokens=8)))
             await asyncio.sleep(0.05)
         await asyncio.gather(*tasks)
         neighbours = [one.seconds for one in await asyncio.gather(*others)]
-        await asyncio.sleep(1)
-        left = await one.metric("vllm:num_requests_running") + await one.metric(
-            'pages{state="live"'
-        )
-        front, engine = _cpu(one.process.pid), _cpu(one.engine())
+        gone = time.monotonic()
+        back = await until(lambda: one.metric('pages{state="live"'), 0) - gone
+        left = await one.metric("vllm:num_requests_running")
+        made = await one.metric("vllm:generation_tokens_total") - 8 * (len(alone) + len(others))
+        front, engine = _cpu(one.process.pid) - loaded[0], _cpu(one.engine()) - loaded[1]
         found = {
             "cancels": len(tasks),
             "front_cpu_ms": round(front / len(tasks) * 1000, 2),
             "engine_cpu_ms": round(engine / len(tasks) * 1000, 2),
+            "wasted": round(made / (200 * len(tasks)), 3),
             "left": left,
+            "back_s": round(back, 2),
             "alone_ms": round(statistics.median(alone) * 1000),
             "others_ms": round(statistics.median(neighbours or [0]) * 1000),
         }
-        good = left == 0 and statistics.median(neighbours) < 2 * statistics.median(alone)
+        good = left == 0 and back < 1 and made < 0.1 * 200 * len(tasks)
+        good = good and statistics.median(neighbours) < 2 * statistics.median(alone)
     return row("G3", "clients that leave", good, found, seen)
 
 
@@ -431,6 +434,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--times", type=int, default=3, help="repetitions of deaths and drains")
+    parser.add_argument("--rate", type=int, default=500, help="clients that leave, a second")
     parser.add_argument("--requests", type=int, default=3000, help="of the leak test")
     parser.add_argument("--save", action="store_true")
     parser.add_argument("--watch", type=int, help=argparse.SUPPRESS)
