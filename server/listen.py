@@ -19,6 +19,7 @@ from server.config import Limits
 from server.protocol import Guarded
 
 UNREAD = 256 << 10  # bytes that the kernel keeps for a client; by itself it would take megabytes
+EARS = 16  # connections taken in a turn of the event loop, at most
 FAREWELL = 2.0  # seconds for the last error events to leave
 SPARE = 64  # file descriptors that are not connections
 
@@ -41,13 +42,19 @@ class Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """libuv takes one connection a socket in each turn of the loop, and with many streams a
+        turn is milliseconds long: so each socket gets copies, which take from the same queue."""
+        self._copies = [one.dup() for one in sockets or [] for _ in range(EARS - 1)]
+        await super().startup(sockets and [*sockets, *self._copies])
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._front.draining = True
         await self._wait(self._front.settings.drain_lag, lambda: False)
         self._front.closed = True
         for server in self.servers:
             server.close()
-        for one in sockets or []:
+        for one in [*(sockets or []), *self._copies]:
             one.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
