@@ -1,5 +1,6 @@
 """Below the application: what raw sockets can do to the listener."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -240,6 +241,25 @@ def test_early_answers_do_not_lose_the_rest(rig: Rig) -> None:
         assert answers(data) == [413]
         one.sendall(GET + b"connection: close\r\n\r\n")
         assert answers(read_all(one)) == [200]
+
+
+def test_a_turn_of_the_loop_takes_many_connections(rig: Rig) -> None:
+    """Or they queue as long as streams keep it busy; libuv by itself takes one."""
+    held: list[socket.socket] = []
+
+    async def turns() -> int:
+        known, count = len(rig.server.server_state.connections), 0
+        held.extend(rig.connect() for _ in range(12))
+        while len(rig.server.server_state.connections) < known + 12:
+            await asyncio.sleep(0)
+            count += 1
+        return count
+
+    rig.raw(b"GET /health/live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")  # it runs
+    assert rig.loop is not None
+    assert asyncio.run_coroutine_threadsafe(turns(), rig.loop).result(20) < 12
+    for one in held:
+        one.close()
 
 
 def test_ports_can_be_asked_again_at_once() -> None:
