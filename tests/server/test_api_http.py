@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 
+import server.api.stream
 from server.api.door import Door
 from server.config import Settings
 from server.engine.request import Choice, Event
@@ -137,6 +138,24 @@ def test_extensions_of_the_answer(rig: Rig) -> None:
     _, _, body = call(rig, "/v1/chat/completions", messages | {"return_token_ids": True})
     assert body["prompt_token_ids"][0] == 258
     assert len(body["choices"][0]["token_ids"]) == 2
+
+
+def test_a_quiet_stream_says_that_it_lives(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments, which clients skip, until there is something to say: a beam search may be long."""
+    monkeypatch.setattr(server.api.stream, "QUIET", 0.02)
+    hold = rig.engine.hold = asyncio.Event()
+    body = json.dumps(COMPLETION | {"stream": True}).encode()
+    with rig.connect() as one:
+        one.sendall(post("/v1/completions", body))
+        data = b""
+        while data.count(b": waiting\n\n") < 2:
+            data += one.recv(4096)
+        assert b"data:" not in data
+        assert rig.loop is not None
+        rig.loop.call_soon_threadsafe(hold.set)
+        while b"[DONE]" not in data:
+            data += one.recv(4096)
+    rig.engine.hold = None
 
 
 def test_continuous_usage(rig: Rig) -> None:

@@ -20,7 +20,7 @@ from server.engine.engine import Engine
 from server.engine.fold import join
 from server.engine.pages import Pages
 from server.engine.request import Beams, Choice, Event, Request
-from server.errors import TooLong
+from server.errors import SettingError, TooLong
 from tests.server.tiny import VOCABULARY, make
 
 GREEDY = Sampling(temperature=0.0)
@@ -144,6 +144,33 @@ def _same_scores(event: Event, expected: Event) -> None:
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             assert one[:2] == pytest.approx(other[:2], abs=1e-3)
+
+
+def test_deterministic_log_probabilities_are_the_same_bit_for_bit(folder: Path) -> None:
+    """Whoever else is in the batch, however prompts are cut, and when pages are taken away."""
+    cases: list[dict[str, Any]] = [
+        {"step_tokens": 8192, "prefix_cache": False},
+        {"step_tokens": 24},
+        {"step_tokens": 40, "pages": 22, "page_size": 4},
+    ]
+    said: list[dict[str, Any]] = []
+    preemptions = []
+    for case in cases:
+        how: dict[str, Any] = {"device": "cpu", "deterministic": True, "pages": 512, **case}
+        try:
+            engine = OfflineEngine(str(folder), rows=32, **how)
+        except SettingError as error:
+            pytest.skip(f"no native kernels here: {error}")
+        events = run(engine, mixed(), every=1 + len(said))
+        said.append({id: _numbers(event) for id, event in events.items()})
+        preemptions.append(engine.stats.preemptions)
+    assert said[0] == said[1] == said[2]
+    assert preemptions[2] > 0
+
+
+def _numbers(event: Event) -> Any:
+    told = sorted(event.choices, key=lambda choice: choice.index)
+    return event.prompt_logprobs, [(one.tokens, one.logprobs, one.top) for one in told]
 
 
 def test_greedy_text_and_its_logprobs_are_transformers(folder: Path, decoder: Decoder) -> None:
