@@ -141,7 +141,7 @@ def _imports(random: Random) -> str:
     names = random.sample(COMMON, len(COMMON)) + random.sample(MODULES, 20)
     names = list(dict.fromkeys(names))
     counts = [random.choice([1, 2, 2, 3, 4]) for _ in range(random.randrange(1, 6))]
-    return "\n".join("import " + ", ".join(names.pop() for _ in range(count)) for count in counts)
+    return "\n".join("import " + ", ".join(names.pop(0) for _ in range(count)) for count in counts)
 
 
 KINDS: dict[Callable[[Random], str], int] = {
