@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,14 +93,20 @@ def _compile(compiler: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError:  # a read-only home: build for this process alone
         target = Path(tempfile.mkdtemp()) / target.name
-    with tempfile.TemporaryDirectory() as folder:
-        unit, built = f"{folder}/native.o", f"{target}.{os.getpid()}"
-        for step in (
-            [compiler, *FLAGS.split(), "-c", str(SOURCES / "native.cpp"), "-o", unit],
-            [compiler, "-shared", unit, "-o", built],
-        ):
-            subprocess.run(step, check=True, capture_output=True, timeout=120)  # noqa: S603
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as crowd:
+        built = f"{target}.{os.getpid()}"
+
+        def unit(source: Path) -> str:
+            made = f"{folder}/{source.stem}.o"
+            _run(compiler, *FLAGS.split(), "-c", str(source), "-o", made)
+            return made
+
+        _run(compiler, "-shared", *crowd.map(unit, SOURCES.glob("*.cpp")), "-o", built)
         os.replace(built, target)
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=120)  # noqa: S603
 
 
 GRAIN = 2 << 20  # multiplications worth another thread

@@ -3,12 +3,17 @@
 
 #include <vector>
 
-#include "attention.h"
 #include "pointwise.h"
 #include "products.h"
 
 // The functions above in the order of model/decoder.py's Layer, so that nothing is paid between
 // them, and what passes between them stays where the last layer left it. stack.py fills these in.
+
+extern "C" void attention_f32(const float* query, const float* keys, const float* values,
+                              const int32_t* starts, const int32_t* lengths, const int32_t* table,
+                              const float* sinks, const float* slopes, float* out, i64 rows,
+                              i64 width, i64 heads, i64 kv_heads, i64 dim, i64 page, i64 window,
+                              float scale, float softcap, int threads);
 
 struct Product {
     const void* values;

@@ -74,7 +74,7 @@ struct Pool {
     }
 };
 
-static Pool& pool() {
+inline Pool& pool() {  // one for all units
     static Pool* one = new Pool;  // never destroyed: its threads outlive everything
     return *one;
 }
