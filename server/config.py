@@ -50,8 +50,8 @@ class Limits:
     unread_seconds: float = limit(30.0, "longest time that a client may read nothing")
     request_timeout: float = limit(600.0, "seconds until a request fails, wherever it is")
     queue_timeout: float = limit(300.0, "seconds that a request may wait for its first step")
-    queue_requests: int = limit(1024, "most requests in flight; above it, 429")
-    queue_factor: float = limit(4.0, "most tokens in flight, in multiples of the KV cache's")
+    queue_requests: int = limit(1024, "most requests that wait; above it, 429")
+    queue_factor: float = limit(4.0, "most tokens that wait, in multiples of the KV cache's")
 
 
 @dataclass(frozen=True, kw_only=True)
