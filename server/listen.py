@@ -21,7 +21,7 @@ from server.protocol import Guarded
 UNREAD = 256 << 10  # bytes that the kernel keeps for a client; by itself it would take megabytes
 EARS = 16  # connections taken in a turn of the event loop, at most
 FAREWELL = 2.0  # seconds for the last error events to leave
-SPARE = 64  # file descriptors that are not connections
+SPARE = 64 + 4 * EARS  # file descriptors that are not connections, or not yet refused
 
 
 def allowed_connections(limits: Limits) -> int:
