@@ -33,7 +33,7 @@ class NotHere(Exception):
 
 
 @cache
-def library() -> ctypes.CDLL:
+def compiled() -> ctypes.CDLL:
     """Compiles at most once in this user's cache; raises NotHere."""
     if os.environ.get("KVIST_KERNELS") == "reference":
         raise NotHere("KVIST_KERNELS=reference")
@@ -129,7 +129,7 @@ def threads() -> int:
 def _call(name: str, work: int, *args: Tensor | float | None) -> None:
     """A function of the library: tensors go as addresses, and threads come last."""
     plain = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-    getattr(library(), name)(*plain, min(_threads, 1 + work // GRAIN))
+    getattr(compiled(), name)(*plain, min(_threads, 1 + work // GRAIN))
 
 
 # ── products ──────────────────────────────────────────────────────────────────────────────────
@@ -191,7 +191,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
 def has_int8() -> bool:
     """Whether this processor multiplies bytes four at a time (AVX-512 VNNI)."""
     try:
-        return bool(library().has_int8())
+        return bool(compiled().has_int8())
     except NotHere:
         return False
 
@@ -381,7 +381,7 @@ enabled = False
 def enable() -> None:
     """From now on the kernels defined so far run natively on a CPU. Raises NotHere."""
     global enabled
-    library()
+    compiled()
     enabled = True
     for name, way in WAYS.items():
         if name in KERNELS:

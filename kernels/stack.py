@@ -116,7 +116,7 @@ class Stack:
         addresses = (part.data_ptr() for part in where)
         step = _Step(*addresses, len(x), len(lengths), table.shape[1], longest)
         self.stack.threads = native.threads()
-        native.library().stack_f32(
+        native.compiled().stack_f32(
             ctypes.byref(self.stack), ctypes.byref(step), x.data_ptr(), added.data_ptr()
         )
         return x, added

@@ -91,6 +91,8 @@ class Layers:
         self.cache: Cache | None = None
 
     def __call__(self, x: Tensor, rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
+        if cache.pages.dtype != torch.float32:  # C++ would read them as floats all the same
+            raise ValueError(f"pages are {cache.pages.dtype}, and packed layers keep float32")
         if self.cache is not cache:
             self.cache, self.stack = cache, Stack(self._shape(), list(self._parts(cache)))
         where = rows.slots, rows.positions, rows.starts, rows.lengths, rows.page_table

@@ -94,7 +94,7 @@ class Peer:
 
     def generate(self, prompts: Sequence[list[int]], new: int, beams: int) -> list[list[int]]:
         if beams > 1:
-            raise NotImplementedError("it has no beam search")
+            raise RuntimeError("it has no beam search")
         llama.llama_memory_clear(llama.llama_get_memory(self.context), False)
         said: list[list[int]] = [[] for _ in prompts]
         for stream, prompt in enumerate(prompts):  # as many prompts at once as fit in a step

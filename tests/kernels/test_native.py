@@ -15,7 +15,7 @@ from kernels import native
 from kernels.attention import attention_reference
 
 try:
-    native.library()
+    native.compiled()
 except native.NotHere as why:
     pytest.skip(f"no native kernels here: {why}", allow_module_level=True)
 

@@ -91,7 +91,7 @@ def test_kept_tokens_are_those_of_transformers(size: int, width: int) -> None:
 def test_native_draws_what_the_twin_draws(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if enabled:
         try:
-            native.library()
+            native.compiled()
         except native.NotHere as why:
             pytest.skip(f"no native kernels here: {why}")
     monkeypatch.setattr(native, "enabled", enabled)
