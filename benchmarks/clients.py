@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.soak import HEAD
+from benchmarks.served import HEAD
 from model.checkpoint import locate
 
 Prompt = list[int]

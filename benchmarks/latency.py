@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import clients, harness, limits
 from benchmarks.limits import Limits
-from benchmarks.soak import served
+from benchmarks.served import served
 from model.cache import Cache
 from model.device import cores
 from model.quantize import FORMATS

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import clients, harness
-from benchmarks.soak import served
+from benchmarks.served import served
 from model.quantize import FORMATS
 from model.sampling import Sampling
 from server import Engine

@@ -1,0 +1,132 @@
+"""G2, G3, G7, G8: many streams, clients that leave, clients that are slow, and too many."""
+
+import argparse
+import asyncio
+import json
+import random
+import socket
+import statistics
+import time
+
+from benchmarks.served import HEAD, served
+from benchmarks.soak.ask import Row, Said, ask, row, until
+from benchmarks.soak.health import health
+
+
+async def streams(asked: argparse.Namespace) -> Row:
+    """G2: 1,000 at once; none fails, equal prompts give equal text."""
+    count = asked.streams
+    async with served(asked) as one, health(one) as seen:
+        said = await asyncio.gather(*[ask(one.port, max_tokens=16) for _ in range(count)])
+        texts = {one.text for one in said}
+        good = all(one.done for one in said) and len(texts) == 1
+        failed = sum(not one.done for one in said)
+        found = {"streams": count, "failed": failed, "texts": len(texts)}
+    return row("G2", "streams at once", good, found, seen)
+
+
+async def cancels(asked: argparse.Namespace) -> Row:
+    """G3: clients that leave; nothing stays behind, and the others hardly notice."""
+    async with served(asked) as one, health(one) as seen:
+        alone = [(await ask(one.port, max_tokens=8)).seconds for _ in range(20)]
+        rng, tasks, others = random.Random(1), [], []
+        before = one.computed()
+        end = time.monotonic() + asked.seconds
+        while time.monotonic() < end:
+            tasks += [
+                asyncio.create_task(ask(one.port, leave=rng.uniform(0, 0.2), max_tokens=200))
+                for _ in range(asked.rate // 20)
+            ]
+            if len(tasks) % (asked.rate // 2) == 0:
+                others.append(asyncio.create_task(ask(one.port, max_tokens=8)))
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*tasks)
+        neighbours = [one.seconds for one in await asyncio.gather(*others)]
+        gone = time.monotonic()
+        back = await until(lambda: one.metric('pages{state="live"'), 0) - gone
+        left = await one.metric("vllm:num_requests_running")
+        made = await one.metric("vllm:generation_tokens_total") - 8 * (len(alone) + len(others))
+        front, engine = (now - then for now, then in zip(one.computed(), before))
+        found = {
+            "cancels": len(tasks),
+            "front_cpu_ms": round(front / len(tasks) * 1000, 2),
+            "engine_cpu_ms": round(engine / len(tasks) * 1000, 2),
+            "wasted": round(made / (200 * len(tasks)), 3),
+            "left": left,
+            "back_s": round(back, 2),
+            "alone_ms": round(statistics.median(alone) * 1000),
+            "others_ms": round(statistics.median(neighbours or [0]) * 1000),
+        }
+        good = left == 0 and back < 1 and made < 0.1 * 200 * len(tasks)
+        good = good and statistics.median(neighbours) < 2 * statistics.median(alone)
+    return row("G3", "clients that leave", good, found, seen)
+
+
+async def slow(asked: argparse.Namespace) -> Row:
+    """G7: 250 that send nothing more and 20 that read nothing; the others are served."""
+    flags = ("--limit-receive-timeout", "5", "--limit-idle-timeout", "5")
+    async with served(asked, *flags) as one, health(one) as seen:
+        alone = [(await ask(one.port, max_tokens=8)).seconds for _ in range(10)]
+        held = [await asyncio.open_connection("127.0.0.1", one.port) for _ in range(250)]
+        for _, writer in held:
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
+        unread = [_deaf(one.port) for _ in range(20)]
+        during = [(await ask(one.port, max_tokens=8)).seconds for _ in range(10)]
+        began = time.monotonic()
+        for reader, writer in held:
+            await asyncio.wait_for(reader.read(), 35)
+            writer.close()
+        closed = time.monotonic() - began
+        ended = await until(lambda: one.metric("vllm:num_requests_running"), 0) - began
+        for sock in unread:
+            sock.close()
+        ratio = statistics.median(during) / statistics.median(alone)
+        cut = await one.metric("requests_aborted_total")
+        found = {"others_x": round(ratio, 2), "closed_s": round(closed, 1)}
+        found |= {"unread_ended_s": round(ended, 1), "unread_cut": cut}
+    good = closed < 31 and ended < 31 and cut == len(unread) and ratio < 3
+    return row("G7", "slow clients", good, found, seen)
+
+
+def _deaf(port: int) -> socket.socket:
+    """A client that asks for more than the buffers between hold, and reads none of it."""
+    body = {"prompt": "x", "stream": True, "max_tokens": 900, "ignore_eos": True, "logprobs": 20}
+    raw = json.dumps(body).encode()
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", port))
+    sock.sendall(f"{HEAD}content-length: {len(raw)}\r\n\r\n".encode() + raw)
+    return sock
+
+
+async def overload(asked: argparse.Namespace) -> Row:
+    """G8: ten times what fits; the rest is refused at once, and what is served is no less."""
+    flags = ("--limit-queue-requests", "16", "--rows", "8")
+    async with served(asked, *flags) as one, health(one) as seen:
+        began = time.monotonic()
+        few = [_insist(one.port, began + asked.seconds / 2) for _ in range(16)]
+        peak = [said for many in await asyncio.gather(*few) for said in many]
+        fair = sum(said.done for said in peak) / (time.monotonic() - began)
+        began = time.monotonic()
+        each = [_insist(one.port, began + asked.seconds) for _ in range(80)]
+        said = [one for many in await asyncio.gather(*each) for one in many]
+        rate = sum(one.done for one in said) / (time.monotonic() - began)
+        refused = [one for one in said if one.status == 429]
+        slowest = max((said.seconds for said in refused), default=0)
+        found = {
+            "peak_per_s": round(fair, 1),
+            "served_per_s": round(rate, 1),
+            "refused": len(refused),
+            "slowest_refusal_s": round(slowest, 2),
+        }
+        good = all(said.done for said in peak) and bool(refused) and rate >= 0.95 * fair
+    return row("G8", "overload", good, found, seen)
+
+
+async def _insist(port: int, end: float) -> list[Said]:
+    """One client, again and again; when refused it waits as it was told to."""
+    said = []
+    while time.monotonic() < end:
+        said.append(await ask(port, max_tokens=32))
+        await asyncio.sleep(1 if said[-1].status == 429 else 0)
+    return said
