@@ -10,6 +10,7 @@ import benchmarks.soak
 from benchmarks.harness import finish
 from benchmarks.soak.ask import Row
 from benchmarks.soak.faults import deaths, drains
+from benchmarks.soak.fuzz import fuzz
 from benchmarks.soak.health import healthy
 from benchmarks.soak.leak import leaks
 from benchmarks.soak.load import cancels, overload, slow, streams
@@ -19,6 +20,7 @@ GOALS: dict[str, Callable[[argparse.Namespace], Awaitable[Row]]] = {
     "G3": cancels,
     "G4": deaths,
     "G5": drains,
+    "G6": fuzz,
     "G7": slow,
     "G8": overload,
     "G10": leaks,
@@ -33,6 +35,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--times", type=int, default=3, help="repetitions of deaths and drains")
     parser.add_argument("--rate", type=int, default=500, help="clients that leave, a second")
+    parser.add_argument("--mutations", type=int, default=10_000, help="of valid requests")
     parser.add_argument("--requests", type=int, default=3000, help="of the leak test")
     parser.add_argument("--save", action="store_true")
     asked = parser.parse_args()

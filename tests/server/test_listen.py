@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.soak.malformed import GET, HEADS, POST, SMUGGLED
 from server.config import Settings
 from tests.server.rig import Rig, limits, read_all, running
-
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-GET = b"GET /health/live HTTP/1.1\r\nhost: x\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -41,39 +39,7 @@ def check_object(data: bytes) -> Any:
     return body["error"]["code"]
 
 
-SMUGGLED = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        HEAD + b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        HEAD + b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        HEAD + b"content-length: 2\r\ncontent-length: 30\r\n\r\n{}" + SMUGGLED,
-        HEAD + b"content-length: 2\r\ncontent-length: 2\r\n\r\n{}" + SMUGGLED,
-        HEAD + b"content-length: 2, 2\r\n\r\n{}" + SMUGGLED,
-        HEAD + b"content-length: -1\r\n\r\n" + SMUGGLED,
-        HEAD + b"content-length: +2\r\n\r\n{}" + SMUGGLED,
-        HEAD + b"content-length: 0x2\r\n\r\n{}" + SMUGGLED,
-        HEAD + b"content-length: 99999999999999999999\r\n\r\n{}" + SMUGGLED,
-        HEAD + b"content-length : 2\r\n\r\n{}" + SMUGGLED,
-        HEAD + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        HEAD + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
-        HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n" + SMUGGLED,
-        HEAD + b"transfer-encoding: chunked\r\n\r\n2\r\n{}x0\r\n\r\n" + SMUGGLED,
-        HEAD + b"transfer-encoding: chunked\r\n\r\n-2\r\n{}\r\n0\r\n\r\n" + SMUGGLED,
-        GET + b"x: a\rb\r\n\r\n" + SMUGGLED,
-        GET + b"x: a\x00b\r\n\r\n" + SMUGGLED,
-        GET + b"x y: z\r\n\r\n" + SMUGGLED,
-        GET + b" folded: z\r\n\r\n" + SMUGGLED,
-        GET + b"host: y\r\n\r\n" + SMUGGLED,
-        b"GET /health/live HTTP/1.1\r\n\r\n" + SMUGGLED,
-        b"GET /health/live HTTP/9.9\r\nhost: x\r\n\r\n" + SMUGGLED,
-        b"\x16\x03\x01\x02\x00\x01\x00" + SMUGGLED,
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + SMUGGLED,
-        b"{}" + SMUGGLED,
-    ],
-)
+@pytest.mark.parametrize("message", SMUGGLED)
 def test_what_two_readers_could_read_differently_gets_one_400(rig: Rig, message: bytes) -> None:
     """T23: one answer, never two, and the connection ends."""
     data = rig.raw(message)
@@ -91,7 +57,7 @@ def test_a_bad_message_during_an_answer_lets_it_finish(rig: Rig) -> None:
     rig.engine.delay = 0.01
     body = json.dumps({"prompt": "x", "max_tokens": 10, "stream": True}).encode()
     with rig.connect() as one:
-        one.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+        one.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
         data = one.recv(100)
         one.sendall(b"\x00\x01\x02 not http\r\n\r\n")
         data += read_all(one)
@@ -104,7 +70,7 @@ def test_pipelined_requests_are_answered_in_order(rig: Rig) -> None:
     bodies = [
         json.dumps({"prompt": "x", "max_tokens": n, "temperature": 0}).encode() for n in (9, 1)
     ]
-    asked = [HEAD + b"content-length: %d\r\n\r\n" % len(body) + body for body in bodies]
+    asked = [POST + b"content-length: %d\r\n\r\n" % len(body) + body for body in bodies]
     with rig.connect() as one:
         one.sendall(b"".join(asked) + GET + b"connection: close\r\n\r\n")
         data = read_all(one)
@@ -112,17 +78,7 @@ def test_pipelined_requests_are_answered_in_order(rig: Rig) -> None:
     assert data.index(b'"completion_tokens":9') < data.index(b'"completion_tokens":1,')
 
 
-@pytest.mark.parametrize(
-    ("message", "status", "code"),
-    [
-        (GET + b"x: " + b"a" * (1 << 20) + b"\r\n\r\n", 431, "headers_too_large"),
-        (GET + b"x: y\r\n" * 10_000 + b"\r\n", 431, "headers_too_large"),
-        (GET + b"x: y\r\n" * 101 + b"\r\n", 431, "headers_too_large"),
-        (GET + b"a" * (1 << 20), 431, "headers_too_large"),
-        (b"GET /" + b"a" * (256 << 10) + b" HTTP/1.1\r\nhost: x\r\n\r\n", 414, "url_too_long"),
-        (b"GET /?" + b"a" * 9000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 414, "url_too_long"),
-    ],
-)
+@pytest.mark.parametrize(("message", "status", "code"), HEADS)
 def test_heads_have_a_size(rig: Rig, message: bytes, status: int, code: str) -> None:
     """T20"""
     data = rig.raw(message)
@@ -134,7 +90,7 @@ def test_heads_have_a_size(rig: Rig, message: bytes, status: int, code: str) -> 
 def test_chunk_bombs(rig: Rig) -> None:
     """T21: a million chunks of one byte are a body like any other."""
     with rig.connect() as one:
-        one.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\n")
+        one.sendall(POST + b"transfer-encoding: chunked\r\n\r\n")
         got = b""
         try:
             for _ in range(100):
@@ -151,7 +107,7 @@ def test_unknown_upgrades_are_ignored(rig: Rig) -> None:
     offer = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAA\r\n"
     body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
     with rig.connect() as one:
-        one.sendall(HEAD + offer + b"content-length: %d\r\n\r\n" % len(body) + body)
+        one.sendall(POST + offer + b"content-length: %d\r\n\r\n" % len(body) + body)
         assert answers(one.recv(65536)) == [200]
 
 
@@ -161,10 +117,10 @@ def test_unknown_upgrades_are_ignored(rig: Rig) -> None:
         b"",
         b"\r\n",
         b"POST /v1/comp",
-        HEAD,
-        HEAD + b"content-length: 10\r\n\r\n",
-        HEAD + b"content-length: 10\r\n\r\n{",
-        HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n",
+        POST,
+        POST + b"content-length: 10\r\n\r\n",
+        POST + b"content-length: 10\r\n\r\n{",
+        POST + b"transfer-encoding: chunked\r\n\r\n1\r\n{\r\n",
         GET + b"\r\n",
         GET + b"\r\n" + GET,
     ],
@@ -175,7 +131,7 @@ def test_slow_and_idle_connections_end(sent: bytes) -> None:
         rig.engine.delay = 0.02
         body = json.dumps({"prompt": "x", "max_tokens": 20, "stream": True}).encode()
         with rig.connect() as slow, rig.connect() as good:
-            good.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+            good.sendall(POST + b"content-length: %d\r\n\r\n" % len(body) + body)
             slow.sendall(sent)
             data = read_all(slow)  # ends, or the socket's own timeout fails the test
             late = [408] if sent.strip() and not sent.endswith(GET + b"\r\n") else []
@@ -210,7 +166,7 @@ def test_a_client_that_reads_nothing_is_given_up() -> None:
         one.connect(("127.0.0.1", rig.port))
         with one:
             stream = body.replace(b"{", b'{"stream": true, ', 1)
-            one.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(stream) + stream)
+            one.sendall(POST + b"content-length: %d\r\n\r\n" % len(stream) + stream)
             until(lambda: rig.engine.seen)
             until(lambda: not rig.front.running)
             until(lambda: not rig.server.server_state.connections)
@@ -235,7 +191,7 @@ def test_early_answers_do_not_lose_the_rest(rig: Rig) -> None:
     """An error that needs no body is heard although the client still sends it."""
     body = b"x" * (8 << 20)
     with rig.connect() as one:
-        one.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body))
+        one.sendall(POST + b"content-length: %d\r\n\r\n" % len(body))
         one.sendall(body)
         data = one.recv(65536)
         assert answers(data) == [413]
