@@ -10,7 +10,7 @@ from typing import Any
 
 from server.config import Settings
 from server.errors import KvistError
-from server.options import GROUPS, add_flags, options, settings
+from server.options import GROUPS, add_flags, check_files, options, settings
 from server.version import VERSION
 
 ENGINE = ("model", "engine")
@@ -65,7 +65,9 @@ def _command(
 def _settings(said: argparse.Namespace, groups: Iterable[str] = GROUPS) -> Settings:
     names = {one.name for one in options() if one.group in groups}
     flags = {name: value for name, value in vars(said).items() if name in names}
-    return settings(flags, os.environ, getattr(said, "config", None))
+    made = settings(flags, os.environ, getattr(said, "config", None))
+    check_files(made)
+    return made
 
 
 def _add_serve(commands: Any) -> None:

@@ -6,52 +6,103 @@ file (`step-tokens`), with its help; `options.py` makes them. The caps are `--li
 
 # ruff: noqa: RUF009 (`option` makes a field, as `field` does)
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 
-def option(default: Any, group: str, help: str, *also: str) -> Any:
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that make sense; others end the start with a sentence."""
+
+    least: float
+    most: float
+    open: bool = False  # the least itself is too little
+
+    def __contains__(self, value: float) -> bool:
+        low = value > self.least if self.open else value >= self.least
+        return low and value <= self.most
+
+    def __str__(self) -> str:
+        words = ("above {} and at most {}", "from {} to {}")[not self.open]
+        return words.format(self.least, self.most)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The texts that make sense, as a pattern and in words."""
+
+    pattern: str
+    words: str
+
+    def __contains__(self, value: object) -> bool:
+        return re.fullmatch(self.pattern, str(value)) is not None
+
+    def __str__(self) -> str:
+        return self.words
+
+
+ANY = Form(r"[^\x00]*[^\s\x00][^\x00]*", "not empty")
+GIB, DAY, MANY = 1 << 30, 86_400, 1 << 20
+
+
+def option(
+    default: Any, group: str, help: str, *also: str, within: "Bounds | Form | None" = None
+) -> Any:
     """A field; `also` are flags of other servers that mean the same."""
-    return field(default=default, metadata={"group": group, "help": help, "also": also})
+    return field(
+        default=default,
+        metadata={"group": group, "help": help, "also": also, "within": within or ANY},
+    )
 
 
-def limit(default: Any, help: str) -> Any:
-    return option(default, "limits", help)
+def limit(default: int, least: int, most: int, help: str) -> Any:
+    return option(default, "limits", help, within=Bounds(least, most))
+
+
+def seconds(default: float, help: str) -> Any:
+    """A limit in time; none at all would end everything before it begins."""
+    return option(default, "limits", help, within=Bounds(0, DAY, open=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """The caps, in one place. What is above them is refused before anything is done for it."""
 
-    body_bytes: int = limit(4 << 20, "largest request body")
-    header_bytes: int = limit(64 << 10, "largest sum of a request's headers")
-    headers: int = limit(100, "most headers of a request")
-    url_bytes: int = limit(8 << 10, "longest URL")
-    json_depth: int = limit(64, "deepest nesting of a body")
-    receive_timeout: float = limit(30.0, "seconds for a request to arrive whole")
-    idle_timeout: float = limit(30.0, "seconds that an unused connection stays open")
-    connections: int = limit(4096, "most open connections")
+    body_bytes: int = limit(4 << 20, 2, GIB, "largest request body")
+    header_bytes: int = limit(64 << 10, 256, GIB, "largest sum of a request's headers")
+    headers: int = limit(100, 4, MANY, "most headers of a request")
+    url_bytes: int = limit(8 << 10, 64, MANY, "longest URL")
+    json_depth: int = limit(64, 4, 512, "deepest nesting of a body")
+    receive_timeout: float = seconds(30.0, "seconds for a request to arrive whole")
+    idle_timeout: float = seconds(30.0, "seconds that an unused connection stays open")
+    connections: int = limit(4096, 1, MANY, "most open connections")
 
-    prompts: int = limit(128, "most prompts of a request")
-    n: int = limit(128, "most choices of a prompt")
-    branches: int = limit(1024, "largest product of prompts and choices or beams")
-    beam_width: int = limit(16, "widest beam search")
-    stop: int = limit(4, "most stop strings of a request")
-    stop_bytes: int = limit(256, "longest stop string")
-    stop_ids: int = limit(128, "most stop ids, and most bad words, of a request")
-    logprobs: int = limit(20, "most alternatives listed beside a token")
-    logit_bias: int = limit(1024, "most tokens with a bias")
-    messages: int = limit(4096, "most messages of a chat")
+    prompts: int = limit(128, 1, MANY, "most prompts of a request")
+    n: int = limit(128, 1, MANY, "most choices of a prompt")
+    branches: int = limit(1024, 1, MANY, "largest product of prompts and choices or beams")
+    beam_width: int = limit(16, 1, 1024, "widest beam search")
+    stop: int = limit(4, 0, 1024, "most stop strings of a request")
+    stop_bytes: int = limit(256, 1, MANY, "longest stop string")
+    stop_ids: int = limit(128, 0, MANY, "most stop ids, and most bad words, of a request")
+    logprobs: int = limit(20, 0, 1024, "most alternatives listed beside a token")
+    logit_bias: int = limit(1024, 0, MANY, "most tokens with a bias")
+    messages: int = limit(4096, 1, MANY, "most messages of a chat")
 
-    template_seconds: float = limit(1.0, "longest rendering of a chat template")
-    template_bytes: int = limit(1 << 20, "largest text that a chat template makes")
-    unread_events: int = limit(256, "most events that a client may lag behind")
-    unread_seconds: float = limit(30.0, "longest time that a client may read nothing")
-    request_timeout: float = limit(600.0, "seconds until a request fails, wherever it is")
-    queue_timeout: float = limit(300.0, "seconds that a request may wait for its first step")
-    queue_requests: int = limit(1024, "most requests that wait; above it, 429")
-    queue_factor: float = limit(4.0, "most tokens that wait, in multiples of the KV cache's")
+    template_seconds: float = seconds(1.0, "longest rendering of a chat template")
+    template_bytes: int = limit(1 << 20, 1, GIB, "largest text that a chat template makes")
+    unread_events: int = limit(256, 1, MANY, "most events that a client may lag behind")
+    unread_seconds: float = seconds(30.0, "longest time that a client may read nothing")
+    request_timeout: float = seconds(600.0, "seconds until a request fails, wherever it is")
+    queue_timeout: float = seconds(300.0, "seconds that a request may wait for its first step")
+    queue_requests: int = limit(1024, 1, MANY, "most requests that wait; above it, 429")
+    queue_factor: float = option(
+        4.0,
+        "limits",
+        "most tokens that wait, in multiples of the KV cache's",
+        within=Bounds(0, 1e6, open=True),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,39 +122,63 @@ class Settings:
         "none", "model", "store the weights in fewer bits", "--quantization"
     )
     context: int | None = option(
-        None, "model", "longest prompt + answer, in tokens (the model's own)", "--max-model-len"
+        None,
+        "model",
+        "longest prompt + answer, in tokens (the model's own)",
+        "--max-model-len",
+        within=Bounds(2, 1 << 24),
     )
 
-    device: str = option("auto", "engine", "cuda, cuda:1, cpu; auto: a GPU when there is one")
+    device: str = option(
+        "auto",
+        "engine",
+        "cuda, cuda:1, cpu; auto: a GPU when there is one",
+        within=Form(r"auto|cpu|cuda(:\d{1,2})?", "auto, cpu, cuda or cuda:1"),
+    )
     kernels: Literal["auto", "triton", "reference"] = option(
         "auto", "engine", "which way the kernels run; auto: the best that is proven here"
     )
-    threads: int = option(0, "engine", "CPU threads; 0: one per core")
+    threads: int = option(0, "engine", "CPU threads; 0: one per core", within=Bounds(0, 1024))
     memory: float = option(
-        0.9, "engine", "share of the GPU's memory to use", "--gpu-memory-utilization"
+        0.9,
+        "engine",
+        "share of the GPU's memory to use",
+        "--gpu-memory-utilization",
+        within=Bounds(0, 1, open=True),
     )
-    pages: int | None = option(None, "engine", "KV pages, instead of as many as fit")
-    page_size: int = option(16, "engine", "tokens in a page", "--block-size")
+    pages: int | None = option(
+        None, "engine", "KV pages, instead of as many as fit", within=Bounds(1, (1 << 31) - 1)
+    )
+    page_size: int = option(
+        16, "engine", "tokens in a page", "--block-size", within=Bounds(1, 1024)
+    )
     kv_dtype: Literal["auto", "int8", "fp8"] = option(
         "auto", "engine", "store KV pages in fewer bits; auto: as computed", "--kv-cache-dtype"
     )
-    rows: int = option(256, "engine", "most sequences in a step", "--max-num-seqs")
+    rows: int = option(
+        256, "engine", "most sequences in a step", "--max-num-seqs", within=Bounds(1, 1 << 16)
+    )
     step_tokens: int | None = option(
         None,
         "engine",
         "most tokens in a step (a GPU: 2048, a CPU: 512)",
         "--max-num-batched-tokens",
+        within=Bounds(1, MANY),
     )
     prefix_cache: bool = option(
         True, "engine", "share pages between equal beginnings", "--enable-prefix-caching"
     )
-    draft: int = option(0, "engine", "tokens guessed ahead from the text so far; 0: none")
+    draft: int = option(
+        0, "engine", "tokens guessed ahead from the text so far; 0: none", within=Bounds(0, 1024)
+    )
     deterministic: bool = option(
         False, "engine", "logits that do not depend on who else is in the batch, bit for bit"
     )
 
     host: str = option("127.0.0.1", "http", "the address to listen on")
-    port: int = option(8000, "http", "the port to listen on; 0: any free one")
+    port: int = option(
+        8000, "http", "the port to listen on; 0: any free one", within=Bounds(0, 65535)
+    )
     lenient: bool = option(False, "http", "warn of unknown request fields instead of refusing")
     docs: bool | None = option(
         None, "http", "serve /docs and the playground (on for a loopback address only)"
@@ -118,17 +193,26 @@ class Settings:
     tls_key: Path | None = option(None, "security", "its private key, PEM", "--ssl-keyfile")
 
     shutdown_timeout: float = option(
-        30.0, "life", "seconds that running requests get to finish after SIGTERM"
+        30.0,
+        "life",
+        "seconds that running requests get to finish after SIGTERM",
+        within=Bounds(0, DAY),
     )
     drain_lag: float = option(
-        0.0, "life", "seconds to keep listening after SIGTERM, so that balancers notice"
+        0.0,
+        "life",
+        "seconds to keep listening after SIGTERM, so that balancers notice",
+        within=Bounds(0, DAY),
     )
     log: Literal["text", "json"] = option("text", "life", "how log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "info", "life", "what is worth a line"
     )
     otlp_endpoint: str | None = option(
-        None, "life", "an OpenTelemetry collector, http://…:4318, that gets traces"
+        None,
+        "life",
+        "an OpenTelemetry collector, http://…:4318, that gets traces",
+        within=Form(r"https?://[^\s/]+\S*", "an address: http://… or https://…"),
     )
 
     limits: Limits = field(default_factory=Limits)

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from server.config import Limits, Settings
+from server.config import Bounds, Form, Limits, Settings
 from server.errors import SettingError
 
 PREFIX = "KVIST_"
 CONFIG = "KVIST_CONFIG"
+SHOWN = 80  # characters of a wrong value in its sentence
 LIMIT = "limit_"  # --limit-n, KVIST_LIMIT_N, and n in the table [limits]
 GROUPS = {
     "model": "what is served",
@@ -42,6 +43,7 @@ class Option:
     group: str
     help: str
     also: tuple[str, ...]
+    within: Bounds | Form
 
     @property
     def flag(self) -> str:
@@ -55,25 +57,42 @@ class Option:
     def many(self) -> bool:
         return get_origin(self.kind) is tuple
 
+    @property
+    def wanted(self) -> str:
+        """In words."""
+        if self.choices:
+            return " or ".join(self.choices)
+        kind = _WANTED.get(self.kind, "")
+        return kind if self.kind is bool else f"{kind} {self.within}".strip()
+
     def read(self, value: Any, where: str) -> Any:
         """The value of the field that this text, or this value of a TOML file, means."""
         try:
             return self._read(value)
-        except (ValueError, TypeError, KeyError):
-            wanted = " or ".join(self.choices or (_WANTED.get(self.kind, "text"),))
-            raise SettingError(f"{where} is {value!r}, but must be {wanted}.") from None
+        except (ValueError, TypeError, KeyError, AttributeError):
+            shown = repr(value) if len(repr(value)) < SHOWN else repr(value)[:SHOWN] + "…"
+            raise SettingError(f"{where} is {shown}, but must be {self.wanted}.") from None
 
     def _read(self, value: Any) -> Any:
         if self.many:
             listed = value.split(",") if isinstance(value, str) else value
-            return tuple(str(item).strip() for item in listed if str(item).strip())
+            return tuple(self._bounded(str(item).strip()) for item in listed)
         if self.kind is bool:
             return value if isinstance(value, bool) else WORDS[value.lower()]
         if isinstance(value, bool) or (self.kind is int and isinstance(value, float)):
             raise ValueError
-        if self.choices and value not in self.choices:
+        if self.choices:
+            return self.choices[self.choices.index(value)]
+        return self.kind(self._bounded(self.kind(value) if self.number else value))
+
+    @property
+    def number(self) -> bool:
+        return self.kind in (int, float)
+
+    def _bounded(self, value: Any) -> Any:
+        if value not in self.within:
             raise ValueError
-        return value if self.choices else self.kind(value)
+        return value
 
 
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
@@ -89,7 +108,10 @@ def options() -> Iterator[Option]:
                 inner = [x for x in get_args(hint) if x is not NoneType]
                 kind = inner[0] if NoneType in get_args(hint) else hint
                 yield Option(
-                    prefix + one.name, kind, one.default, meta["group"], meta["help"], meta["also"]
+                    prefix + one.name,
+                    kind,
+                    one.default,
+                    *[meta[key] for key in ("group", "help", "also", "within")],
                 )
 
 
@@ -184,18 +206,16 @@ def _known(key: str, said: str, known: Mapping[str, Option]) -> Option:
 
 def check(made: Settings) -> None:
     """What no single value can say."""
-    for name, value in [*vars(made).items(), *vars(made.limits).items()]:
-        if isinstance(value, int | float) and value < 0:
-            raise SettingError(f"{name} is {value}, but must not be negative.")
-    for name in ("page_size", "rows", "step_tokens"):
-        if getattr(made, name) == 0:
-            raise SettingError(f"{name} is 0, but must be at least 1.")
-    if not 0 < made.memory <= 1:
-        raise SettingError(f"memory is {made.memory}, but is a share: above 0 and at most 1.")
-    if made.port > 65535:
-        raise SettingError(f"port is {made.port}, but the highest is 65535.")
     if bool(made.tls_cert) != bool(made.tls_key):
         raise SettingError("TLS needs both: a certificate (tls_cert) and its key (tls_key).")
+
+
+def check_files(made: Settings) -> None:
+    """That each file and folder which is named is there, before anything slow is begun."""
+    for one in options():
+        path = getattr(made, one.name, None)
+        if one.kind is Path and path is not None and not path.exists():
+            raise SettingError(f"{one.flag} is {str(path)!r}, but there is no such file or folder.")
 
 
 def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Limits, Settings
+from server.config import Bounds, Limits, Settings
 from server.errors import SettingError
-from server.options import GROUPS, add_flags, options, parse, settings
+from server.options import GROUPS, Option, add_flags, check_files, options, parse, settings
 
 
 def test_nothing_said_is_the_dataclass() -> None:
@@ -38,9 +38,19 @@ def test_flags_beat_variables_beat_the_file(tmp_path: Path) -> None:
     assert parse([], {"KVIST_MODEL": "", "KVIST_API_KEYS": ""}) == Settings()
 
 
+FORMS = {"device": "cuda:1", "otlp_endpoint": "http://a"}
+
+
+def sample(one: Option) -> str:
+    """A value that is not the default; nothing for what is true or false."""
+    if isinstance(one.within, Bounds):
+        return str(one.kind(one.within.most))
+    return "" if one.kind is bool else FORMS.get(one.name, "a")
+
+
 def test_every_option_can_be_said_in_every_way(tmp_path: Path) -> None:
     for one in options():
-        text = {int: "5", float: "0.5", bool: str(not one.default).lower()}.get(one.kind) or "a"
+        text = sample(one) or str(not one.default).lower()
         said = {one.name: one.choices[-1] if one.choices else text}
         said |= {"tls_key": {"tls_cert": "b"}, "tls_cert": {"tls_key": "b"}}.get(one.name, {})
         file = tmp_path / "one.toml"
@@ -71,9 +81,9 @@ def test_flags_of_other_servers_mean_the_same() -> None:
         ([], {"KVIST_PROT": "1"}, "did you mean 'port'"),
         (["--memory", "1.5"], {}, "above 0 and at most 1"),
         (["--tls-cert", "a"], {}, "needs both"),
-        (["--rows", "0"], {}, "at least 1"),
-        (["--limit-n=-1"], {}, "negative"),
-        (["--port", "70000"], {}, "65535"),
+        (["--port", "70000"], {}, "--port is '70000', but must be a whole number from 0 to 65535"),
+        ([], {"KVIST_CONTEXT": "0"}, "KVIST_CONTEXT is '0', .* from 2 to 16777216"),
+        (["--device", "abacus"], {}, "must be auto, cpu, cuda or cuda:1"),
         (["--config", "/nowhere.toml"], {}, "/nowhere.toml cannot be read"),
         ([], {"KVIST_LENIENT": "perhaps"}, "true or false"),
     ],
@@ -81,6 +91,61 @@ def test_flags_of_other_servers_mean_the_same() -> None:
 def test_a_bad_setting_is_named(arguments: list[str], environ: dict[str, str], says: str) -> None:
     with pytest.raises(SettingError, match=says):
         parse(arguments, environ)
+
+
+ODD = ["", " ", "x\0", "0", "-1", "-0.5", "nan", "inf", "1e999", "9" * 30, "9" * 9999, "x", "None"]
+
+
+def said_of(one: Option, text: str) -> str:
+    """What is wrong with it; nothing when it is taken."""
+    try:
+        one.read(text, one.flag)
+    except SettingError as error:
+        return error.message
+    return ""
+
+
+@pytest.mark.parametrize("one", list(options()), ids=lambda one: one.name)
+def test_what_makes_no_sense_is_refused_in_one_sentence(one: Option) -> None:
+    """Each flag with each odd value: taken because it can be meant, or named with what is wanted"""
+    said = [said_of(one, text) for text in ODD]
+    for text, sentence in zip(ODD, said):
+        if sentence:
+            assert sentence.startswith(f"{one.flag} is {text[:40]!r}"[:-1])
+            assert sentence.endswith(f"but must be {one.wanted}.")
+            assert len(sentence) < 250
+            assert sentence.isprintable()
+        elif one.number:
+            assert one.read(text, one.flag) in one.within
+        else:
+            assert text.strip()
+    assert all(said[:3])  # of what is empty, none
+    if one.kind is not str and not one.many and one.kind is not Path:
+        assert len([*filter(None, said)]) >= len(ODD) - 3  # "0", "-1" and "-0.5" can make sense
+
+
+@pytest.mark.parametrize(
+    "one", [one for one in options() if one.kind in (int, float)], ids=lambda one: one.name
+)
+def test_every_number_has_bounds_around_its_default(one: Option) -> None:
+    """And both of its ends are as it says."""
+    bounds = one.within
+    assert isinstance(bounds, Bounds)
+    assert one.default is None or one.default in bounds
+    assert one.read(str(bounds.most), one.flag) == bounds.most
+    for beyond in (bounds.most + 1, bounds.least - 1, bounds.least - (0 if bounds.open else 1)):
+        with pytest.raises(SettingError):
+            one.read(str(beyond), one.flag)
+
+
+def test_a_file_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
+    for one in options():
+        if one.kind is Path:
+            pairs = {"tls_cert": "--tls-key", "tls_key": "--tls-cert"}
+            other = [pairs[one.name], str(tmp_path)] if one.name in pairs else []
+            with pytest.raises(SettingError, match=f"{one.flag} is '/nowhere/x', but there is no"):
+                check_files(parse([one.flag, "/nowhere/x", *other], {}))
+            check_files(parse([one.flag, str(tmp_path), *other], {}))
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:

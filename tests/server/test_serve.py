@@ -269,7 +269,7 @@ def test_a_taken_port_is_said_before_anything_is_loaded(running: Process) -> Non
     [
         (["--prot", "1"], 2, "unrecognized arguments: --prot"),
         (["--port", "many"], 2, "--port is 'many'"),
-        (["--api-keys", "/nowhere/keys"], 1, "/nowhere/keys cannot be read"),
+        (["--api-keys", "/nowhere/keys"], 2, "--api-keys is '/nowhere/keys', but there is no"),
         (["--quantize", "int3"], 2, "int3"),
     ],
 )
