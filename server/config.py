@@ -43,6 +43,7 @@ class Form:
         return self.words
 
 
+FOLDER = Form(r"[^\x00]*[^\s\x00][^\x00]*", "a folder")
 ANY = Form(r"[^\x00]*[^\s\x00][^\x00]*", "not empty")
 GIB, DAY, MANY = 1 << 30, 86_400, 1 << 20
 
@@ -113,7 +114,9 @@ class Settings:
     served_name: tuple[str, ...] = option(
         (), "model", "the model's names in the API (the folder's name)", "--served-model-name"
     )
-    tokenizer: Path | None = option(None, "model", "a folder, when it is not the model's")
+    tokenizer: Path | None = option(
+        None, "model", "a folder, when it is not the model's", within=FOLDER
+    )
     chat_template: Path | None = option(None, "model", "a Jinja file, instead of the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "model", "precision of the weights and products"

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from server.config import Bounds, Form, Limits, Settings
+from server.config import FOLDER, Bounds, Form, Limits, Settings
 from server.errors import SettingError
 
 PREFIX = "KVIST_"
@@ -214,8 +214,11 @@ def check_files(made: Settings) -> None:
     """That each file and folder which is named is there, before anything slow is begun."""
     for one in options():
         path = getattr(made, one.name, None)
-        if one.kind is Path and path is not None and not path.exists():
-            raise SettingError(f"{one.flag} is {str(path)!r}, but there is no such file or folder.")
+        if one.kind is Path and path is not None:
+            folder = one.within is FOLDER
+            if not path.exists() or path.is_dir() != folder:
+                kind = "folder" if folder else "file"
+                raise SettingError(f"{one.flag} is {str(path)!r}, but there is no such {kind}.")
 
 
 def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Settings:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import time
 from contextlib import suppress
@@ -43,6 +44,7 @@ def run(settings: Settings) -> int:
     try:
         keys = Keys(settings.api_keys)
         options = engine_options(settings)
+        _check_tls(settings)
         listener = _listen(settings)
         return asyncio.Runner(loop_factory=uvloop.new_event_loop).run(
             _serve(settings, keys, options, listener)
@@ -57,6 +59,21 @@ def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 65536)), hard))
+
+
+def _check_tls(settings: Settings) -> None:
+    """Read the certificate once, before anything that is slow."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")  # nobody to ask
+    except OSError as error:  # of ssl too
+        files = f"{settings.tls_cert} and {settings.tls_key}"
+        why = error.strerror or error
+        raise SettingError(
+            f"{files} are no certificate and its key in PEM, without a password: {why}."
+        ) from None
 
 
 def _listen(settings: Settings) -> socket.socket:

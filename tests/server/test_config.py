@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.config import Bounds, Limits, Settings
+from server.config import FOLDER, Bounds, Limits, Settings
 from server.errors import SettingError
 from server.options import GROUPS, Option, add_flags, check_files, options, parse, settings
 
@@ -138,14 +138,18 @@ def test_every_number_has_bounds_around_its_default(one: Option) -> None:
             one.read(str(beyond), one.flag)
 
 
-def test_a_file_that_is_not_there_is_named_at_once(tmp_path: Path) -> None:
-    for one in options():
-        if one.kind is Path:
-            pairs = {"tls_cert": "--tls-key", "tls_key": "--tls-cert"}
-            other = [pairs[one.name], str(tmp_path)] if one.name in pairs else []
-            with pytest.raises(SettingError, match=f"{one.flag} is '/nowhere/x', but there is no"):
-                check_files(parse([one.flag, "/nowhere/x", *other], {}))
-            check_files(parse([one.flag, str(tmp_path), *other], {}))
+@pytest.mark.parametrize(
+    "one", [one for one in options() if one.kind is Path], ids=lambda one: one.name
+)
+def test_a_file_that_is_not_there_is_named_at_once(one: Option, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    pairs = {"tls_cert": ["--tls-key", str(file)], "tls_key": ["--tls-cert", str(file)]}
+    good, wrong = (tmp_path, file) if one.within is FOLDER else (file, tmp_path)
+    check_files(parse([one.flag, str(good), *pairs.get(one.name, [])], {}))
+    for path in (wrong, tmp_path / "nowhere"):
+        with pytest.raises(SettingError, match=f"{one.flag} is '{path}', but there is no such f"):
+            check_files(parse([one.flag, str(path), *pairs.get(one.name, [])], {}))
 
 
 def test_a_bad_file_is_named(tmp_path: Path) -> None:
