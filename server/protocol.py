@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from server.api.shapes import encode
 from server.config import Limits
 from server.errors import BadMessage, Busy, HeadersTooLarge, KvistError, TooSlow, UrlTooLong
+from server.pipe import Pipe
 
 PIECE = 256 << 10  # the most that one read brings: a head's end may lie anywhere in it
 
@@ -40,6 +41,7 @@ class Guarded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._pipe = Pipe(transport, self.flow)
         self._arrival.start(self.limits.idle_timeout, self._too_slow)
         if len(self.connections) > self.most:
             self._refuse(Busy("This server has as many connections as it takes."))
@@ -85,6 +87,7 @@ class Guarded(HttpToolsProtocol):
         self._in_head, self._begun, self._fed, self._size = True, True, 0, 0
         self._arm()
         super().on_message_begin()
+        self.scope["state"]["pipe"] = self._pipe
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)

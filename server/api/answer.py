@@ -47,6 +47,12 @@ class Delta:
         return self
 
     @property
+    def plain(self) -> bool:
+        """Whether there is text, and nothing else to say."""
+        more = self.tokens or self.ids or self.beam or self.first
+        return bool(self.text) and self.finish is None and self.stop is None and not more
+
+    @property
     def seen(self) -> bool:
         """Whether a client could tell that it was sent."""
         return bool(self.text or self.finish or self.tokens or self.ids or self.first)

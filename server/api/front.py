@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -13,7 +13,8 @@ from server.api.served import Served
 from server.api.work import Pool
 from server.config import Settings
 from server.engine.process import Health
-from server.engine.request import Event, Request, Stats
+from server.engine.registry import Inbox
+from server.engine.request import Request, Stats
 from server.errors import Draining, EngineDown
 from server.metrics import Metrics
 from server.traces import Traces
@@ -24,7 +25,7 @@ Body = TypeVar("Body", bound=Strict)
 class Engine(Protocol):
     """What server.engine.process.Client does."""
 
-    def stream(self, request: Request) -> AsyncIterator[Event]: ...
+    def open(self, request: Request) -> AbstractContextManager[Inbox]: ...
     def cancel(self, id: str) -> None: ...
     def stats(self) -> Stats: ...
     def health(self) -> Health: ...

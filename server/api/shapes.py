@@ -7,6 +7,7 @@ import msgspec
 from server.api.answer import Answer, Delta, Token
 
 Json = dict[str, Any]
+MARK = "\0text\0"  # stands for a text, and nothing before it does
 encode = msgspec.json.Encoder().encode
 
 
@@ -24,6 +25,7 @@ class Shape:
         self._head = {"id": answer.asked.id, "created": created, "model": served.name}
         self._print = {"system_fingerprint": served.fingerprint}
         self._warn = answer.asked.warnings
+        self._moulds: dict[int, tuple[bytes, bytes]] = {}  # of each choice: before its text, after
 
     def answer_body(self, wholes: list[Delta]) -> Json:
         choices = [self.choice(whole) for whole in wholes]
@@ -31,7 +33,17 @@ class Shape:
         return self._body(self.whole, choices) | usage | self._once(wholes[0])
 
     def chunk(self, delta: Delta) -> bytes:
-        """One choice's news, as an SSE event."""
+        """One choice's news, as an SSE event. Most are text alone: only that is new then."""
+        if not delta.plain or (self.options and self.options.continuous_usage_stats):
+            return self._chunk(delta)
+        mould = self._moulds.get(delta.index) or self._mould(delta.index)
+        return mould[0] + encode(delta.text) + mould[1]
+
+    def _mould(self, index: int) -> tuple[bytes, bytes]:
+        before, _, after = self._chunk(Delta(index, MARK)).partition(encode(MARK))
+        return self._moulds.setdefault(index, (before, after))
+
+    def _chunk(self, delta: Delta) -> bytes:
         body = self._body(self.part, [self.choice_chunk(delta)])
         if self.options and self.options.continuous_usage_stats:
             body["usage"] = self.answer.usage.body()

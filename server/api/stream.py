@@ -1,82 +1,37 @@
 """An answer under way: the engine's events, until they end, fail, or nobody listens any more.
 
 Streaming is the only path. A plain answer is the fold of the same deltas; both are responses that
-hear when the client goes, and then leave the engine's loop, which cancels the request there.
+hear when the client goes, and then leave the engine's inboxes, which cancels the requests there.
+
+An event is heard in the same breath in which the engine's client has it, while nothing stands
+before it: to wake this answer's task, a dozen frames deep in the framework, costs as much as all
+that is done for a token. The task waits for what cannot be so: the first word, a client that lags,
+a failure, the end.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager
-from typing import Any
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack, aclosing, asynccontextmanager
+from functools import partial
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api.answer import Answer, Delta, fold
-from server.api.front import Engine, Front
+from server.api.front import Front
 from server.api.replies import BROKEN
 from server.api.shapes import Shape, encode, event
-from server.engine.request import Event, Request
+from server.engine.registry import Inbox
+from server.engine.request import Event
 from server.errors import Cancelled, Draining, KvistError, from_code
 from server.metrics import Meter
+from server.pipe import Pipe
 
 QUIET = 15.0  # seconds until a comment says that the stream is alive
+ALIVE = b": waiting\n\n"
 STOPPED = "The server stopped before the answer was complete."
 log = logging.getLogger("kvist.api")
-
-
-Numbered = AsyncGenerator[tuple[int, Event], None]
-
-
-async def events(engine: Engine, requests: list[Request]) -> Numbered:
-    """The events of all prompts as they come, each with its prompt's number."""
-    if len(requests) == 1:
-        async with aclosing(_stream(engine, requests[0])) as stream:
-            async for one in stream:
-                yield 0, one
-        return
-    queue: asyncio.Queue[tuple[int, Event | BaseException | None]] = asyncio.Queue(len(requests))
-    tasks = [asyncio.create_task(_feed(engine, *pair, queue)) for pair in enumerate(requests)]
-    try:
-        left = len(requests)
-        while left:
-            number, got = await queue.get()
-            if isinstance(got, BaseException):
-                raise got
-            if got is None:
-                left -= 1
-            else:
-                yield number, got
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _stream(engine: Engine, request: Request) -> AsyncGenerator[Event, None]:
-    stream: Any = engine.stream(request)
-    async with aclosing(stream):
-        async for one in stream:
-            if one.error is not None:
-                raise from_code(one.code, one.error)
-            yield one
-
-
-async def _feed(
-    engine: Engine,
-    number: int,
-    request: Request,
-    queue: "asyncio.Queue[tuple[int, Event | BaseException | None]]",
-) -> None:
-    try:
-        async with aclosing(_stream(engine, request)) as stream:
-            async for one in stream:
-                await queue.put((number, one))
-    except Exception as error:
-        await queue.put((number, error))
-    else:
-        await queue.put((number, None))
 
 
 class Reply(Response):
@@ -89,12 +44,17 @@ class Reply(Response):
         self.meter = meter
         self.failed = ""  # by which error, after the first byte
         self.background = None
+        self.pipe: Pipe | None = None
+        self._inboxes: dict[int, Inbox] = {}  # of the prompts that are not answered yet
+        self._said = asyncio.get_running_loop().time()
+        self._woken: asyncio.Future[None] | None = None  # the task waits for it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.front.running.add(task)
         scope["state"] |= {"answer": self.answer, "meter": self.meter}
+        self.pipe = scope["state"].get("pipe")
         try:
             await self.answer_to(receive, send)
         except asyncio.CancelledError:
@@ -107,24 +67,98 @@ class Reply(Response):
     async def answer_to(self, receive: Receive, send: Send) -> None:
         raise NotImplementedError
 
-    async def deltas(self) -> AsyncGenerator[tuple[Event, Iterator[Delta]], None]:
-        requests = self.answer.asked.requests
-        async with aclosing(events(self.front.engine, requests)) as stream:
-            async for number, one in stream:
-                self.meter.event(one)
-                yield one, self.answer.push(number, one)
+    @property
+    def open(self) -> bool:
+        """Whether what is heard may go out in the same breath."""
+        raise NotImplementedError
+
+    def say(self, one: Event, deltas: Iterator[Delta]) -> bytes:
+        """What an event adds to the body that is going out."""
+        raise NotImplementedError
+
+    async def words(self) -> AsyncGenerator[bytes, None]:
+        """What is to be sent and did not go through the pipe."""
+        with ExitStack() as stack:
+            for number, request in enumerate(self.answer.asked.requests):
+                inbox = self._inboxes[number] = stack.enter_context(self.front.engine.open(request))
+                inbox.wake = partial(self._wake, number, inbox)
+            while self._inboxes:
+                if not any(inbox.unread for inbox in self._inboxes.values()):
+                    await self._wait()
+                data = b"".join([self._hear(*pair) for pair in list(self._inboxes.items())])
+                now = asyncio.get_running_loop().time()
+                if data or now >= self._said + QUIET:
+                    self._said = now
+                    yield data or ALIVE
+
+    async def _wait(self) -> None:
+        """Until something could not be heard as it came, or nothing came for long."""
+        loop = asyncio.get_running_loop()
+        self._woken = woken = loop.create_future()
+        timer = loop.call_at(self._said + QUIET, _end, woken)
+        try:
+            await woken
+        finally:
+            timer.cancel()
+            self._woken = None
+
+    def _wake(self, number: int, inbox: Inbox) -> None:
+        """The engine's client has something. What fails here is this answer's alone."""
+        woken = self._woken
+        if woken is None or woken.done():
+            return  # the task is awake and will see it
+        try:
+            if self.open:
+                self._pass_on(self._hear(number, inbox))
+                if self._inboxes:
+                    return
+            woken.set_result(None)
+        except Exception as error:
+            woken.set_exception(error)
+            woken.exception()  # seen: the task may have left meanwhile
+
+    def _pass_on(self, data: bytes) -> None:
+        if data and self.pipe is not None:
+            self.pipe.send(data)
+            self._said = asyncio.get_running_loop().time()
+
+    def _hear(self, number: int, inbox: Inbox) -> bytes:
+        """What is to be sent of what is new."""
+        one = inbox.take()
+        if one is None:
+            return b""
+        if one.error is not None:
+            raise from_code(one.code, one.error)
+        if one.done:
+            del self._inboxes[number]
+        self.meter.event(one)
+        return self.say(one, self.answer.push(number, one))
+
+
+def _end(waiting: "asyncio.Future[None]") -> None:
+    if not waiting.done():
+        waiting.set_result(None)
 
 
 class Plain(Reply):
     """The whole answer at once."""
 
+    open = True
+
+    def __init__(self, front: Front, answer: Answer, shape: Shape, meter: Meter) -> None:
+        super().__init__(front, answer, shape, meter)
+        self._deltas: list[Delta] = []
+
+    def say(self, one: Event, deltas: Iterator[Delta]) -> bytes:  # noqa: ARG002
+        self._deltas += deltas
+        return b""
+
     async def answer_to(self, receive: Receive, send: Send) -> None:
-        deltas: list[Delta] = []
-        async with heard(receive), aclosing(self.deltas()) as stream:
-            async for _, some in stream:
-                deltas += some
+        async with heard(receive), aclosing(self.words()) as words:
+            async for _ in words:
+                pass
         self.meter.end()
-        body = encode(self.shape.answer_body(fold(self.answer, deltas)))
+        body = encode(self.shape.answer_body(fold(self.answer, self._deltas)))
         await Response(body, media_type="application/json")({"type": "http"}, receive, send)
 
 
@@ -134,38 +168,41 @@ class Stream(Reply):
     def __init__(self, front: Front, answer: Answer, shape: Shape, meter: Meter) -> None:
         super().__init__(front, answer, shape, meter)
         self.begun = False
-        self.quiet = True
         self.tree = TreeEvents(answer)
+
+    @property
+    def open(self) -> bool:
+        return self.begun and self.pipe is not None and self.pipe.flows
+
+    def say(self, one: Event, deltas: Iterator[Delta]) -> bytes:
+        return self.tree.of(one) + b"".join(map(self.shape.chunk, deltas))
 
     async def answer_to(self, receive: Receive, send: Send) -> None:
         try:
-            async with heard(receive, lambda: self._beat(send)), aclosing(self.deltas()) as stream:
-                async for one, some in stream:
-                    data = self.tree.of(one) + b"".join(map(self.shape.chunk, some))
-                    if data:
-                        await self._send(send, data)
-                await self._send(send, self.shape.last())
+            async with heard(receive), aclosing(self.words()) as words:
+                async for data in words:
+                    await self._send(send, data, more=True)
+            last = self.shape.last()
             self.meter.end()
         except KvistError as error:
-            await self._fail(send, error)
+            last = self._fail(error)
         except asyncio.CancelledError:
-            await self._fail(send, Draining(STOPPED))
+            last = self._fail(Draining(STOPPED))
         except Exception as error:
-            if not self.begun:
-                raise
-            log.exception("stream failed", exc_info=error)
-            await self._fail(send, KvistError(BROKEN))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = self._fail(KvistError(BROKEN), error)
+        await self._send(send, last, more=False)
 
-    async def _fail(self, send: Send, error: KvistError) -> None:
+    def _fail(self, error: KvistError, cause: Exception | None = None) -> bytes:
         """Before the first byte an error is a status, after it an event, with no [DONE]."""
         if not self.begun:
-            raise error
+            raise cause or error
+        if cause is not None:
+            log.exception("stream failed", exc_info=cause)
         self.front.metrics.rejected(error.code)
         self.failed = error.code
-        await self._send(send, event(error.body()))
+        return event(error.body())
 
-    async def _send(self, send: Send, data: bytes) -> None:
+    async def _send(self, send: Send, data: bytes, more: bool) -> None:
         if not self.begun:
             self.begun = True
             headers = [
@@ -174,13 +211,7 @@ class Stream(Reply):
                 (b"x-accel-buffering", b"no"),
             ]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-        self.quiet = False
-        await send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def _beat(self, send: Send) -> None:
-        if self.quiet:
-            await self._send(send, b": waiting\n\n")
-        self.quiet = True
+        await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 class TreeEvents:
@@ -205,9 +236,7 @@ class TreeEvents:
 
 
 @asynccontextmanager
-async def heard(
-    receive: Receive, beat: Callable[[], Awaitable[None]] | None = None
-) -> AsyncGenerator[None, None]:
+async def heard(receive: Receive) -> AsyncGenerator[None, None]:
     """Run what is inside until the client goes; then it ends with Cancelled."""
     task = asyncio.current_task()
     assert task is not None
@@ -216,12 +245,7 @@ async def heard(
     async def listen() -> None:
         nonlocal gone
         while not gone:
-            try:
-                message = await asyncio.wait_for(receive(), QUIET)
-                gone = message["type"] == "http.disconnect"
-            except TimeoutError:
-                if beat is not None:
-                    await beat()
+            gone = (await receive())["type"] == "http.disconnect"
         task.cancel()
 
     listener = asyncio.create_task(listen())

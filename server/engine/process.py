@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ import msgspec
 
 from server.engine.heart import Heart
 from server.engine.registry import Inbox, Registry, last_words
-from server.engine.request import Event, Request, Stats
+from server.engine.request import Request, Stats
 from server.engine.wire import (
     Answer,
     Ask,
@@ -173,42 +174,25 @@ class Client:
             if not self._started.done():
                 self._started.set_exception(EngineDown(self._reason))
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
-        """The request's events, the last with `done`. Leaving early (`aclosing`) cancels.
+    @contextmanager
+    def open(self, request: Request) -> Iterator[Inbox]:
+        """Where the request's events come in, the last with `done`. Leaving early cancels.
 
         A request that is refused or fails ends with one event whose `error` and `code` are set;
         `errors.from_code` makes the exception of it. A reader that lags gets what came meanwhile
         as one event; one that lags more than `unread` events behind is cut off (`slow_client`).
         """
-        try:
-            inbox = self._registry.open(request.id)
-        except KvistError as error:
-            yield last_words(request.id, error)
-            return
+        inbox = self._registry.open(request.id)
         try:
             if self._state != "ready":
                 inbox.put(last_words(request.id, EngineDown(self._reason)))
             else:
                 self._send(Submit(request))
-            while True:
-                event = inbox.take() or await self._next(inbox)
-                yield event
-                if event.done:
-                    return
-        finally:
-            if self._registry.close(inbox):
-                self._send(Cancel(request.id))
-
-    async def _next(self, inbox: Inbox) -> Event:
-        woken = asyncio.get_running_loop().create_future()
-        inbox.wake = lambda: None if woken.done() else woken.set_result(None)
-        try:
-            await woken
+            yield inbox
         finally:
             inbox.wake = None
-        event = inbox.take()
-        assert event is not None
-        return event
+            if self._registry.close(inbox):
+                self._send(Cancel(request.id))
 
     def cancel(self, id: str) -> None:
         """End the request in whatever state; its stream gets a last event with `cancelled`."""

@@ -7,10 +7,12 @@ of the prompt, the seed, the branch and i alone. Faults are asked for by name.
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from server.engine.process import Health
+from server.engine.registry import Inbox
 from server.engine.request import Choice, Event, Request, Stats
 
 TEXT = "The quick brown fox jumps over the lazy dog. Ett träd växer långsamt; 木は育つ 🌱! "
@@ -110,24 +112,30 @@ class FakeEngine:
         digest = hashlib.sha256(repr(arguments).encode()).digest()
         return [byte / 256 for byte in digest[:8]]
 
-    async def stream(self, request: Request) -> AsyncGenerator[Event, None]:
+    @contextmanager
+    def open(self, request: Request) -> Iterator[Inbox]:
         self.seen.append(request)
+        if self.raises is not None:
+            raise self.raises
         stop = self.running[request.id] = asyncio.Event()
-        done = False
+        inbox = Inbox(request.id)
+        speaking = asyncio.create_task(self._speak(request, stop, inbox))
         try:
-            async for event in self._events(request, stop):
-                done = event.done
-                yield event
+            yield inbox
         finally:
+            speaking.cancel()
+            inbox.wake = None
             del self.running[request.id]
-            if not done:
+            if not inbox.done:
                 self.cancelled.append(request.id)
+
+    async def _speak(self, request: Request, stop: asyncio.Event, inbox: Inbox) -> None:
+        async for event in self._events(request, stop):
+            inbox.put(event)
 
     async def _events(self, request: Request, stop: asyncio.Event) -> AsyncGenerator[Event, None]:
         if self.hold is not None:
             await self.hold.wait()
-        if self.raises is not None:
-            raise self.raises
         branches = [Voice(request, index) for index in range(request.n)]
         first = True
         for number in range(10**9):

@@ -1,0 +1,151 @@
+"""How a stream leaves the front: past ASGI or through it, at once or late, in parts or broken."""
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import server.protocol
+from server.api import ask
+from server.api.answer import Answer, Delta
+from server.api.schema import ChatBody, CompletionBody
+from server.api.shapes import ChatShape, CompletionShape, Shape
+from server.config import Settings
+from server.protocol import Guarded
+from tests.server.fakes import FakeEngine
+from tests.server.rig import Rig, front, read_all, running
+
+WHOLE: dict[str, Any] = {"prompt": ["Hi", "Ho"], "n": 2, "max_tokens": 9, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def rig() -> Iterator[Rig]:
+    with running() as made:
+        yield made
+
+
+def until(true: Callable[[], Any]) -> None:
+    tick, end = threading.Event(), time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end, "it never became true"
+        tick.wait(0.005)
+
+
+def send(rig: Rig, one: socket.socket, body: dict[str, Any]) -> None:
+    raw = json.dumps({"stream": True} | body).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    one.sendall(head + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw)
+
+
+def body_of(data: bytes) -> bytes:
+    """The chunks of an answer, read as RFC 9112 says."""
+    rest, body = data.partition(b"\r\n\r\n")[2], b""
+    while True:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size, 16)
+        body, end, rest = body + rest[:length], rest[length : length + 2], rest[length + 2 :]
+        assert end == b"\r\n"
+        if not length:
+            assert rest == b""
+            return body
+
+
+def said(data: bytes) -> list[Any]:
+    """Text by choice, and how it ended."""
+    lines = [line[6:] for line in body_of(data).split(b"\n") if line.startswith(b"data: ")]
+    texts: dict[int, str] = {}
+    for line in lines[:-1]:
+        for choice in json.loads(line)["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    return [sorted(texts.items()), lines[-1]]
+
+
+def ask_all(rig: Rig, body: dict[str, Any]) -> bytes:
+    with rig.connect() as one:
+        send(rig, one, body)
+        return read_all(one)
+
+
+def test_through_asgi_alone_the_same_is_said(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server than ours offers no pipe."""
+    offered = said(ask_all(rig, WHOLE))
+    monkeypatch.setattr(server.protocol, "Pipe", lambda *_: None)
+    assert said(ask_all(rig, WHOLE)) == offered
+    assert len(offered[0]) == 4
+    assert offered[1] == b"[DONE]"
+
+
+def test_a_client_that_lags_gets_the_same_in_fewer_pieces(rig: Rig) -> None:
+    many = {"prompt": "x", "n": 8, "max_tokens": 2000, "logprobs": 3, "temperature": 0}
+    prompt_one = said(ask_all(rig, many))
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        one.settimeout(20)
+        one.connect(("127.0.0.1", rig.port))
+        send(rig, one, many)
+        connections = rig.server.server_state.connections
+        until(lambda: any(cast(Guarded, one).flow.write_paused for one in connections))
+        assert said(read_all(one)) == prompt_one
+
+
+def test_a_bug_in_mid_stream_ends_that_stream_alone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = CompletionShape.chunk
+
+    def broken(self: Shape, delta: Delta) -> bytes:
+        if self.asked.body.user == "unlucky" and not delta.first:
+            raise RuntimeError("/secret/path.py")
+        return chunk(self, delta)
+
+    monkeypatch.setattr(CompletionShape, "chunk", broken)
+    rig.engine.delay = 0.005
+    with rig.connect() as one, rig.connect() as other:
+        send(rig, one, WHOLE | {"user": "unlucky"})
+        send(rig, other, WHOLE)
+        failed, fine = read_all(one), read_all(other)
+    rig.engine.delay = 0
+    assert json.loads(body_of(failed).split(b"data: ")[-1])["error"]["code"] == "internal_error"
+    assert b"secret" not in failed
+    assert said(fine)[1] == b"[DONE]"
+    assert not rig.engine.running
+
+
+FRONT = front(Settings(), FakeEngine())
+MOULDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "return_token_ids": st.just(True),
+        "stream_options": st.sampled_from([{"include_usage": True}, {"include_usage": False}]),
+        "cache_salt": st.text(max_size=3),
+    },
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text(min_size=1), min_size=1, max_size=4), MOULDS, st.booleans())
+def test_a_chunk_from_the_mould_is_the_chunk(
+    texts: list[str], fields: dict[str, Any], chat: bool
+) -> None:
+    assert FRONT.served is not None
+    messages = [{"role": "user", "content": "Hi"}]
+    sent = {"stream": True} | ({"messages": messages} if chat else {"prompt": "Hi"}) | fields
+    shape: Shape
+    if chat:
+        talk, _ = FRONT.parse(FRONT.served, ChatBody, sent)
+        shape = ChatShape(Answer(ask.chat(FRONT.served, talk, "id", "")), 1)
+    else:
+        body, _ = FRONT.parse(FRONT.served, CompletionBody, sent)
+        shape = CompletionShape(Answer(ask.completion(FRONT.served, body, "id", "")), 1)
+    for index, text in enumerate(texts):
+        delta = Delta(index % 2, text)
+        assert delta.plain
+        assert shape.chunk(delta) == shape._chunk(delta)
+        assert re.fullmatch(rb"data: [^\n]*\n\n", shape.chunk(delta))
