@@ -32,7 +32,7 @@ class Seat:
     sampling: Sampling
     branch: int  # number of the branch in its request; the draw is a function of
     # (seed, branch, position)
-    prompt: list[int]  # what penalties and bad words look back on; empty when nothing looks back
+    prompt: list[int]  # what penalties look back on; empty when nothing looks back
     output: list[int]
     start: int = 0  # the prompt's length, always: where the first draw is, for min_tokens
 
@@ -58,6 +58,12 @@ class Batch:
     beam_width: int = 0  # how many successors each of beam_at wants
     top: int = 0  # how many alternatives to list for samples and scores (the largest anyone wants)
     logprobs: bool = True  # False: nobody wants log-probabilities of samples; Output has zeros
+
+    # What may be drawn, or be a beam's successor, besides what the seat says.
+    mask_at: Ints = field(default_factory=lambda: np.zeros(0, np.int32))
+    # [masks] index into tokens, rising: only these ids may follow this token …
+    masks: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int32))
+    # [masks, ⌈vocabulary / 32⌉] … as bits, the lowest first
 
     copies: Ints = field(default_factory=lambda: np.zeros((0, 3), np.int32))
     # [copies, 3] from page, to page, slots: done before anything of this step is written

@@ -58,7 +58,7 @@ class Graphs:
             len(batch.tokens) == rows <= RUNGS[-1]
             and np.array_equal(batch.sample_at, np.arange(rows))
             and np.array_equal(batch.sample_seat, batch.seats)
-            and not (len(batch.score_at) or len(batch.beam_at))
+            and not (len(batch.score_at) or len(batch.beam_at) or len(batch.mask_at))
             and self.seats.plain(batch.seats)
         )
 

@@ -20,7 +20,7 @@ from model.batch import LAST_SAMPLE, Batch, Ints, Output
 from model.cache import Cache, Rows
 from model.decoder import Decoder
 from model.graphs import Graphs
-from model.seats import Seats
+from model.seats import Masks, Seats
 
 INTS = torch.int32
 FLOATS = {"logprobs", "top_logprobs", "score_logprobs", "score_top_logprobs", "beam_logprobs"}
@@ -118,9 +118,18 @@ class Runner:
             return {}
         logits = self.decoder.logits(hidden[self._up(batch.sample_at).long()])
         at = positions[batch.sample_at] + 1
-        tokens = self.seats.sample(logits, batch.sample_seat, at)
+        masks = self._masks(batch, batch.sample_at)
+        tokens = self.seats.sample(logits, batch.sample_seat, at, masks)
         self.last[self._up(batch.sample_seat).long()] = tokens.clamp(min=0)
         return {"tokens": tokens} | self._logprobs(batch, logits, tokens)
+
+    def _masks(self, batch: Batch, wanted: Ints) -> Masks | None:
+        """Of the successors of these tokens."""
+        if not len(batch.mask_at):
+            return None
+        rows = np.full(len(batch.tokens), -1)
+        rows[batch.mask_at] = np.arange(len(batch.mask_at))
+        return Masks(self._up(batch.masks), rows[wanted])
 
     def _logprobs(self, batch: Batch, logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """Of the drawn tokens; −1 is no id: nothing could be drawn."""
@@ -147,7 +156,8 @@ class Runner:
             return {}
         logits = self.decoder.logits(hidden[self._up(batch.beam_at).long()])
         at = positions[batch.beam_at] + 1
-        best, tokens = self.seats.best(logits, batch.beam_seat, at, batch.beam_width)
+        masks = self._masks(batch, batch.beam_at)
+        best, tokens = self.seats.best(logits, batch.beam_seat, at, batch.beam_width, masks)
         return {"beam_tokens": tokens, "beam_logprobs": best}
 
     def _down(self, found: dict[str, Tensor]) -> Callable[[], Output]:

@@ -1,6 +1,8 @@
 """How a successor is chosen: one branch's parameters, and the same for many seats as tensors."""
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,7 +21,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: float = 0.0  # over output
     presence_penalty: float = 0.0  # over output
     logit_bias: dict[int, float] = {}
-    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed;
+    # what completes those of several tokens is in the masks of a `Batch`
     allowed: tuple[int, ...] = ()  # empty: every id
     min_tokens: int = 0  # until then, `stops` cannot be drawn
     stops: tuple[int, ...] = ()  # ids that would end the text: eos and stop ids
@@ -36,5 +39,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
             self.repetition_penalty != 1
             or self.frequency_penalty != 0
             or self.presence_penalty != 0
-            or bool(self.bad_words)
         )
+
+
+def packed(truths: npt.NDArray[np.bool_]) -> npt.NDArray[np.int32]:
+    """Truths [n] as bits [⌈n / 32⌉], the first the lowest."""
+    bits = np.zeros(-(-len(truths) // 32) * 32, np.uint8)
+    bits[: len(truths)] = truths
+    words: npt.NDArray[np.int32] = np.packbits(bits, bitorder="little").view(np.int32)
+    return words

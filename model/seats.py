@@ -5,12 +5,13 @@ there and goes up with each step; only what grows by tokens that the host may no
 on the device, and only for the seats that ask for it:
 
     counts   [slots, vocabulary]  2 · how often a token was drawn, + 1 if it is in the prompt
-    history  [slots, positions]   the tokens themselves, where bad words are matched
     masks    [slots, words]       the bits of allowed ids
+
+What changes with each token in ways of its own is masked by who makes the batch, see `Masks`.
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,19 +22,23 @@ from kernels.penalties import penalise
 from kernels.sampling import branch_key, sample, uniform_bits
 from kernels.topk import top_logprobs
 from model.batch import Seat
+from model.sampling import packed
 from model.shelf import Shelf
 
 Ints = npt.NDArray[np.integer]
 Edits = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.int64]]
 # ids, what is added to their logits, and before which position: bias, and −inf for bans
 
-Words = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-# bad words of several tokens: all but the last, the nearest first, [words, longest]; the last
-
 Held = TypeVar("Held")
 
-ANY, NEVER = -1, -2  # in place of a token
 EVER = np.iinfo(np.int64).max
+
+
+class Masks(NamedTuple):
+    """What a step may draw, on top of what the seats say."""
+
+    words: Tensor  # [masks, ⌈vocabulary / 32⌉] i32, on the device
+    rows: Ints  # [m] the mask of each row of logits; −1: none
 
 
 class Seats:
@@ -46,9 +51,7 @@ class Seats:
         self.keys = np.zeros(capacity, np.uint64)
         self.known = np.zeros(capacity, np.int64)  # positions below have been counted
         self.edits: dict[int, Edits] = {}
-        self.words: dict[int, Words] = {}
         self.counts = Shelf(capacity, vocabulary, torch.int32, self.device)
-        self.history = Shelf(capacity, 0, torch.int64, self.device)
         self.masks = Shelf(capacity, -(-vocabulary // 32), torch.int32, self.device)
 
     # -- who sits where ---------------------------------------------------------------------------
@@ -66,17 +69,16 @@ class Seats:
         self.known[seat] = len(taken.prompt) + len(taken.output)
         self._take_edits(taken)
         self._take_past(taken)
-        self.restrict(seat, sampling.allowed)
+        self._restrict(seat, sampling.allowed)
 
-    def restrict(self, seat: int, allowed: Sequence[int] | npt.NDArray[np.bool_]) -> None:
-        """Only these ids from now on; none named: every id. Ids, or one truth an id."""
-        if not len(allowed):
+    def _restrict(self, seat: int, allowed: Sequence[int]) -> None:
+        """Only these ids; none named: every id."""
+        if not allowed:
             self.masks.drop(seat)
             return
-        bits = np.zeros(self.masks.rows.shape[1] * 32, np.uint8)
-        bits[: self.vocabulary][np.asarray(allowed)] = 1
-        words = np.packbits(bits, bitorder="little").view(np.int32)
-        self.masks.take(seat).copy_(self._up(words))
+        truths = np.zeros(self.vocabulary, bool)
+        truths[list(allowed)] = True
+        self.masks.take(seat).copy_(self._up(packed(truths)))
 
     def fork(self, pairs: Ints) -> None:
         """pairs [forks, 2] from, to: `to` continues what `from` has seen, with draws of its own."""
@@ -84,8 +86,7 @@ class Seats:
         for table in (self.settings, self.penalties, self.known):
             table[targets] = table[sources]
         _copy_held(self.edits, sources, targets)
-        _copy_held(self.words, sources, targets)
-        for shelf in (self.counts, self.history, self.masks):
+        for shelf in (self.counts, self.masks):
             shelf.copy(sources, targets)
 
     def _take_edits(self, taken: Seat) -> None:
@@ -106,24 +107,16 @@ class Seats:
     def _take_past(self, taken: Seat) -> None:
         seat, past = taken.seat, np.array([*taken.prompt, *taken.output], np.int64)
         self.counts.drop(seat)
-        self.history.drop(seat)
-        self.words.pop(seat, None)
         if (self.penalties[seat] != (1, 0, 0)).any():
             count = np.zeros(self.vocabulary, np.int32)
             count[past[: len(taken.prompt)]] = 1
             np.add.at(count, past[len(taken.prompt) :], 2)
             self.counts.take(seat).copy_(self._up(count))
-        words = [word for word in taken.sampling.bad_words if len(word) > 1]
-        if words:
-            self.words[seat] = _as_words(words)
-            self.history.widen(len(past))
-            self.history.take(seat)[: len(past)] = self._up(past)
 
     def plain(self, seats: Ints) -> bool:
         """Whether nothing but settings bears on their draws: no past, no mask, no bias, no ban."""
-        held = (self.counts, self.history, self.masks)
         return not (
-            any((shelf.slots[seats] >= 0).any() for shelf in held)
+            any((shelf.slots[seats] >= 0).any() for shelf in (self.counts, self.masks))
             or (self.edits and not self.edits.keys().isdisjoint(seats.tolist()))
         )
 
@@ -131,60 +124,72 @@ class Seats:
 
     def feed(self, seats: Ints, tokens: Tensor, positions: Ints) -> None:
         """seats, tokens, positions [n]: a seat's past grows by tokens that it does not know yet."""
-        looking = (self.counts.slots[seats] >= 0) | (self.history.slots[seats] >= 0)
-        at = np.flatnonzero(looking & (positions >= self.known[seats]))
+        slots = self.counts.slots[seats]
+        at = np.flatnonzero((slots >= 0) & (positions >= self.known[seats]))
         if not len(at):
             return
-        seats, positions, tokens = seats[at], positions[at], tokens[self._up(at)].long()
-        np.maximum.at(self.known, seats, positions + 1)
-        counted = np.flatnonzero((slots := self.counts.slots[seats]) >= 0)
-        if len(counted):
-            where = (self._up(slots[counted]), tokens[self._up(counted)])
-            two = torch.full_like(where[0], 2, dtype=torch.int32)
-            self.counts.rows.index_put_(where, two, accumulate=True)
-        kept = np.flatnonzero((slots := self.history.slots[seats]) >= 0)
-        if len(kept):
-            self.history.widen(int(positions[kept].max()) + 1)
-            where = (self._up(slots[kept]), self._up(positions[kept]))
-            self.history.rows.index_put_(where, tokens[self._up(kept)])
+        np.maximum.at(self.known, seats[at], positions[at] + 1)
+        where = (self._up(slots[at]), tokens[self._up(at)].long())
+        two = torch.full_like(where[0], 2, dtype=torch.int32)
+        self.counts.rows.index_put_(where, two, accumulate=True)
 
     # -- what they choose -------------------------------------------------------------------------
 
-    def sample(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
+    def sample(
+        self, logits: Tensor, seats: Ints, positions: Ints, masks: Masks | None = None
+    ) -> Tensor:
         """logits [m, vocabulary] f32, the seats' and positions [m] of what is drawn -> ids [m] i64;
         −1 where a row's logits are not numbers, or masks and bans leave it nothing.
 
         A seat may come several times, at several positions, if it does not look back.
         """
-        logits = self.adjust(logits, seats, positions)
+        logits = self.adjust(logits, seats, positions, masks)
         bits = uniform_bits(self.keys[seats], positions)
         return sample(logits, self._up(bits), self._up(self.settings[seats]))
 
     def best(
-        self, logits: Tensor, seats: Ints, positions: Ints, width: int
+        self,
+        logits: Tensor,
+        seats: Ints,
+        positions: Ints,
+        width: int,
+        masks: Masks | None = None,
     ) -> tuple[Tensor, Tensor]:
         """-> log-probabilities [m, width] falling, ids [m, width]. For beams: as in transformers,
         penalties and masks come after the softmax, and nothing is normalised again."""
-        scores = self.adjust(logits.log_softmax(-1), seats, positions)
+        scores = self.adjust(logits.log_softmax(-1), seats, positions, masks)
         return top_logprobs(scores, width, normalise=False)[:2]
 
-    def adjust(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
+    def adjust(
+        self, logits: Tensor, seats: Ints, positions: Ints, masks: Masks | None = None
+    ) -> Tensor:
         """-> logits [m, vocabulary] after bias, bans, penalties and masks; the input is kept."""
-        counts, masks = self.counts.slots[seats], self.masks.slots[seats]
-        edited = self._edit(logits, seats, positions)
-        rows = np.flatnonzero((counts >= 0) | (masks >= 0))
+        logits = self._edit(logits, seats, positions)
+        counts = self.counts.slots[seats]
+        logits = self._penalise(
+            logits, seats, counts, Masks(self.masks.rows, self.masks.slots[seats])
+        )
+        return (
+            logits
+            if masks is None
+            else self._penalise(logits, seats, np.full_like(counts, -1), masks)
+        )
+
+    def _penalise(self, logits: Tensor, seats: Ints, counts: Ints, masks: Masks) -> Tensor:
+        """counts [m]: the slot of each row's past; −1: none. Rows without either are not read."""
+        rows = np.flatnonzero((counts >= 0) | (masks.rows >= 0))
         if not len(rows):
-            return edited
+            return logits
         at = self._up(rows)
         penalised = penalise(
-            edited[at],
+            logits[at],
             self.counts.rows,
             self._up(counts[rows]),
             self._up(self.penalties[seats[rows]]),
-            self.masks.rows,
-            self._up(masks[rows]),
+            masks.words,
+            self._up(masks.rows[rows]),
         )
-        return edited.index_copy(0, at, penalised)
+        return logits.index_copy(0, at, penalised)
 
     def _edit(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Bias and bans are added, all at once: a ban's −inf outweighs whatever else is added."""
@@ -197,45 +202,13 @@ class Seats:
         if parts:
             where = [self._up(np.concatenate(column)) for column in zip(*parts, strict=True)]
             logits = logits.index_put((where[0], where[1]), where[2], accumulate=True)
-        return self._ban_completions(logits, seats, positions)
-
-    def _ban_completions(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
-        """−inf for the last token of a bad word whose others were seen just before."""
-        held = [
-            (row, *self.words[seat])
-            for row, seat in enumerate(seats.tolist())
-            if seat in self.words
-        ]
-        if not held:
-            return logits
-        longest = max(beginnings.shape[1] for _, beginnings, _ in held)
-        pads = [(0, longest - beginnings.shape[1]) for _, beginnings, _ in held]
-        wanted = np.concatenate(
-            [np.pad(h[1], ((0, 0), pad), constant_values=ANY) for h, pad in zip(held, pads)]
-        )  # [words, longest], the nearest first
-        rows = np.concatenate([np.full(len(ids), row) for row, _, ids in held])
-        at = positions[rows][:, None] - 1 - np.arange(longest)
-        wanted = np.where((at < 0) & (wanted != ANY), NEVER, wanted)
-        self.history.widen(int(positions.max()))
-        slots = self._up(self.history.slots[seats[rows]])
-        seen = self.history.rows[slots[:, None], self._up(at.clip(min=0))]
-        expected = self._up(wanted)
-        banned = ((seen == expected) | (expected == ANY)).all(1)
-        values = torch.where(banned, -torch.inf, 0.0)
-        where = (self._up(rows), self._up(np.concatenate([ids for _, _, ids in held])))
-        return logits.index_put(where, values, accumulate=True)
+        return logits
 
     def _up(self, array: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
-
-
-def _as_words(words: list[tuple[int, ...]]) -> Words:
-    longest = max(map(len, words)) - 1
-    beginnings = [[*word[-2::-1], *[ANY] * (longest + 1 - len(word))] for word in words]
-    return np.array(beginnings, np.int64), np.array([word[-1] for word in words], np.int64)
 
 
 def _copy_held(held: dict[int, Held], sources: list[int], targets: list[int]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from model.batch import Batch, Executor, Output
 from server.engine.admission import Options
+from server.engine.masks import Making, boundless
 from server.engine.pages import Pages
 from server.engine.request import Event, Request, Stats
 from server.engine.scheduler import Scheduler, wordless
@@ -32,11 +33,12 @@ class Engine:
         text: Callable[[Request], Text] = wordless,
         name: Callable[[int], str] = str,
         clock: Callable[[], float] = time.monotonic,
+        mask: Making = boundless,
         info: dict[str, Any] | None = None,
         answers: dict[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.options = options or Options()
-        self.scheduler = Scheduler(pages, self.options, text, name, clock)
+        self.scheduler = Scheduler(pages, self.options, text, name, clock, mask)
         self.info = info or {}  # what it says of itself
         self.answers = answers or {}  # what can be asked between two steps
         self._executor = executor

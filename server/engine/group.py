@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from server.engine.beam_group import BeamGroup
 from server.engine.drafts import Lookup
+from server.engine.masks import Mask
 from server.engine.pages import link, root
 from server.engine.request import Event, Finish, Request
 from server.engine.text import Text
@@ -44,6 +45,7 @@ class Branch:
     fork_at: int = 0  # … this many tokens of them
     finish: Finish | None = None
     lookup: Lookup | None = None  # where guesses come from
+    mask: Mask | None = None  # what may come next
 
     @property
     def todo(self) -> int:
@@ -74,6 +76,7 @@ class Group:
     request: Request
     number: int  # of arrival
     blank: Text  # nothing said yet
+    mask: Mask | None = None  # what may come first
     draft: int = 0  # the most tokens to guess ahead
     beams: BeamGroup | None = None
     footprint: int = 0  # pages that it can need at worst
@@ -109,7 +112,8 @@ class Group:
         self.last = len(self.prompt) + self.request.max_tokens - 1
 
     def branch(self, index: int) -> Branch:
-        return Branch(self, index, self.blank.fork(), len(self.prompt), self.draft)
+        mask = self.mask and self.mask.fork()
+        return Branch(self, index, self.blank.fork(), len(self.prompt), self.draft, mask=mask)
 
     @property
     def weight(self) -> int:

@@ -186,7 +186,10 @@ def _child(parent: Branch, rank: int, token: int) -> Branch:
         pages=list(parent.pages),
         published=parent.published,
         chain=list(parent.chain),
+        mask=parent.mask and parent.mask.fork(),
     )
+    if child.mask is not None:
+        child.mask.push(token)
     if parent.group.request.stop:
         child.text.push(token)
     return child

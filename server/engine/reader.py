@@ -93,6 +93,8 @@ class Reader:
             if choice.finish is not None:
                 said += text.finish()
                 break
+            if branch.mask is not None:
+                branch.mask.push(token)
         choice.text = said
         self._stats.output_tokens += given
         return given

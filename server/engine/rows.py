@@ -8,6 +8,7 @@ import numpy.typing as npt
 from model.batch import LAST_SAMPLE, Batch, Ints, Seat
 from server.engine.group import Branch, Group
 from server.engine.holdings import Copy, Table
+from server.engine.masks import follow
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class Rows:
         self._score_token: list[int] = []
         self._beam_at: list[int] = []
         self._beam_seat: list[int] = []
+        self._mask_at: list[int] = []
+        self._masks: list[Ints] = []
         self._forks: list[tuple[int, int]] = []
         self._widest = 1
         self._beam_width = 0
@@ -57,6 +60,7 @@ class Rows:
 
     def add(self, branch: Branch, count: int, guess: list[int]) -> None:
         """The next `count` tokens of a branch that owns the pages for them, and guesses."""
+        guess = self._restrict(branch, count, guess)
         start, end = branch.computed, branch.computed + count
         first = len(self._tokens)
         if count == 1 and start == len(branch.group.prompt) + len(branch.output):
@@ -78,6 +82,18 @@ class Rows:
             self._score(branch, start, end, first)
         if end == branch.length:
             self._want(branch, first + count - 1, guess)
+
+    def _restrict(self, branch: Branch, count: int, guess: list[int]) -> list[int]:
+        """Mask what follows the tokens that are sampled from; the guesses that can come true."""
+        if branch.mask is None or branch.computed + count < branch.length:
+            return guess
+        found = follow(branch.mask, guess, branch.group.stops)
+        for at, words in enumerate(found, len(self._tokens) + count - 1):
+            if words is not None:
+                self._mask_at.append(at)
+                self._masks.append(words)
+        self.step.alone = True
+        return guess[: len(found) - 1]
 
     def _want(self, branch: Branch, at: int, guess: list[int]) -> None:
         """The row reaches its branch's end: draw, or look for beams."""
@@ -142,6 +158,8 @@ class Rows:
             beam_width=self._beam_width,
             top=self._top,
             logprobs=self._logprobs,
+            mask_at=_ints(self._mask_at),
+            masks=np.stack(self._masks) if self._masks else np.zeros((0, 0), np.int32),
             copies=_ints(self.copies).reshape(-1, 3),
             taken=self.taken,
             forks=_ints(self._forks).reshape(-1, 2),

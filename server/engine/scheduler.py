@@ -12,8 +12,8 @@ numbers only, and share steps. A step is filled in this order until its token bu
     waiting   first come first served within a priority; the first one blocks those behind it.
 
 `schedule` may be called again before `advance` (one step ahead), unless what comes next depends
-on what the step in flight will find: beams, drafts, no page left. What then turns out to have
-ended has cost one row, whose sample nobody reads; its pages are free when that step is over.
+on what the step in flight will find: beams, drafts, masks, no page left. What then turns out to
+have ended has cost one row, whose sample nobody reads; its pages are free when that step is over.
 """
 
 import time
@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable
 
 from model.batch import Batch, Output, Seat
-from server.engine import admission
+from server.engine import admission, masks
 from server.engine.admission import Options
 from server.engine.beam_group import BeamGroup
 from server.engine.drafts import Lookup
@@ -53,10 +53,11 @@ class Scheduler:
         text: Callable[[Request], Text] = wordless,
         name: Callable[[int], str] = str,  # of a token, for those who watch beams
         clock: Callable[[], float] = time.monotonic,
+        mask: masks.Making = masks.boundless,
     ) -> None:
         self.pages, self.options = pages, options
         self.running: list[Group] = []  # pinned ones first, then by age
-        self._text, self._name, self._clock = text, name, clock
+        self._text, self._name, self._clock, self._mask = text, name, clock, mask
         self._lobby = Lobby(options, 4 * pages.count * pages.size)
         self._groups: dict[str, Group] = {}  # running or waiting
         self._flying: deque[Step] = deque()
@@ -101,7 +102,8 @@ class Scheduler:
 
     def _group(self, request: Request, beams: BeamGroup | None) -> Group:
         self._number += 1
-        group = Group(request, self._number, self._text(request), beams=beams)
+        mask = masks.begin(request, self._mask, self.options.vocabulary)
+        group = Group(request, self._number, self._text(request), mask, beams=beams)
         group.footprint = admission.footprint(request, self.pages.size)
         if beams is None and not request.sampling.looks_back:
             group.draft = self.options.draft if request.draft is None else request.draft

@@ -76,7 +76,9 @@ def test_a_padded_replay_is_the_plain_step(tmp_path: Path) -> None:
     assert torch.allclose(runners[0].cache.pages, runners[1].cache.pages, atol=1e-5)
 
 
-def test_rows_that_look_back_are_not_replayed(tmp_path: Path) -> None:
+def test_rows_that_look_back_or_are_masked_are_not_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make("llama", tmp_path)
     decoder = load(tmp_path, dtype=torch.float32)
     runner = Runner(decoder, Cache(decoder.config, ROWS * WIDTH, PAGE), 1, graphs=True)
@@ -85,6 +87,12 @@ def test_rows_that_look_back_are_not_replayed(tmp_path: Path) -> None:
     runner.launch(batch([[LAST_SAMPLE]], 4, []))()
     assert runner.graphs is not None
     assert not runner.graphs.recorded
+    runner.launch(batch([[5]], 1, [Seat(0, Sampling(), 0, [], [], 1)]))()
+    assert len(runner.graphs.recorded) == 1
+    masks, mask_at = np.full((1, 3), 1 << 9, np.int32), np.zeros(1, np.int32)
+    masked = replace(batch([[LAST_SAMPLE]], 2, []), masks=masks, mask_at=mask_at)
+    monkeypatch.setattr(runner.graphs, "run", None)
+    assert runner.launch(masked)().tokens.tolist() == [9]
 
 
 def test_a_row_that_masks_leave_nothing_is_bad_and_no_other(tmp_path: Path) -> None:
@@ -143,21 +151,22 @@ def test_a_step_never_waits_for_the_device(
     make(label, tmp_path)
     decoder = load(tmp_path, dtype=torch.float32)
     runner = Runner(decoder, Cache(decoder.config, ROWS * WIDTH, PAGE), ROWS, graphs=True)
-    looks = Sampling(repetition_penalty=1.5, logit_bias={3: 1.0}, bad_words=((5, 6), (7,)))
+    looks = Sampling(repetition_penalty=1.5, logit_bias={3: 1.0}, bad_words=((7,),))
     seats = [Seat(i, looks if i else Sampling(), 0, [5] * 3, [], 3) for i in range(3)]
     all_rows, copies = np.arange(3, dtype=np.int32), np.array([[0, 1, 2]], np.int32)
     prompts = batch([[5] * 3] * 3, 3, seats)
     prompts.score_at, prompts.score_token = all_rows, all_rows
     beams = replace(batch([[5]] * 3, 5, []), beam_at=all_rows, beam_seat=all_rows, beam_width=4)
     beams = replace(beams, sample_at=NONE, sample_seat=NONE)
+    masks: dict[str, Any] = {"mask_at": all_rows[1:], "masks": np.full((2, 3), 0b1011, np.int32)}
     plain = [Seat(i, Sampling(top_k=3), 0, [], [], 6) for i in range(3)]
     monkeypatch.setattr(torch.Tensor, "tolist", None)
     waiting = NoWaiting()  # type: ignore[no-untyped-call, unused-ignore]
     with pretend(Device("an H200", 90, 132)), waiting:
         for step in (
-            prompts,
+            replace(prompts, **masks),
             replace(batch([[6]] * 3, 4, []), copies=copies, logprobs=False),
-            beams,
+            replace(beams, **masks),
             replace(batch([[5]] * 3, 6, plain), logprobs=False),
         ):
             runner.launch(step)()
