@@ -14,6 +14,7 @@ from benchmarks.soak.fuzz import fuzz
 from benchmarks.soak.health import healthy
 from benchmarks.soak.leak import leaks
 from benchmarks.soak.load import cancels, overload, slow, streams
+from benchmarks.soak.starts import starts
 
 GOALS: dict[str, Callable[[argparse.Namespace], Awaitable[Row]]] = {
     "G2": streams,
@@ -24,6 +25,7 @@ GOALS: dict[str, Callable[[argparse.Namespace], Awaitable[Row]]] = {
     "G7": slow,
     "G8": overload,
     "G10": leaks,
+    "G12": starts,
 }
 
 
@@ -33,7 +35,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=GOALS, default=list(GOALS))
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
     parser.add_argument("--streams", type=int, default=1000)
-    parser.add_argument("--times", type=int, default=3, help="repetitions of deaths and drains")
+    parser.add_argument(
+        "--times", type=int, default=3, help="repetitions of deaths, drains and starts"
+    )
     parser.add_argument("--rate", type=int, default=500, help="clients that leave, a second")
     parser.add_argument("--mutations", type=int, default=10_000, help="of valid requests")
     parser.add_argument("--requests", type=int, default=3000, help="of the leak test")
@@ -45,7 +49,7 @@ def main() -> int:
     for goal in asked.only:
         print((GOALS[goal].__doc__ or "").splitlines()[0], flush=True)
         rows.append(asyncio.run(GOALS[goal](asked)))  # type: ignore[arg-type]
-    rows.append(healthy(rows))
+    rows += healthy(rows)
     finish("soak", rows, asked)
     return int(any(row["met"] != "True" for row in rows))
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from benchmarks.soak.starts import SETTINGS
 from tests.server.tiny import make
 
 FLAGS = ["--threads", "1", "--pages", "2048", "--log", "json", "--device", "cpu"]
@@ -264,20 +266,12 @@ def test_a_taken_port_is_said_before_anything_is_loaded(running: Process) -> Non
     assert len(got.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "says"),
-    [
-        (["--prot", "1"], 2, "unrecognized arguments: --prot"),
-        (["--port", "many"], 2, "--port is 'many'"),
-        (["--api-keys", "/nowhere/keys"], 2, "--api-keys is '/nowhere/keys', but there is no"),
-        (["--quantize", "int3"], 2, "int3"),
-    ],
-)
-def test_bad_starts_are_one_line(arguments: list[str], status: int, says: str) -> None:
+@pytest.mark.parametrize(("arguments", "says"), SETTINGS, ids=lambda one: str(one)[:30])
+def test_bad_starts_are_one_line(arguments: list[str], says: str) -> None:
     """G12"""
     got = run("serve", "--port", str(free_port()), *arguments)
-    assert got.returncode == status
-    assert says in got.stderr
+    assert got.returncode in (1, 2)
+    assert re.search(says, got.stderr.splitlines()[-1])
     assert "Traceback" not in got.stderr
 
 
