@@ -12,6 +12,7 @@ from benchmarks.soak.ask import Row
 from benchmarks.soak.faults import deaths, drains
 from benchmarks.soak.fuzz import fuzz
 from benchmarks.soak.health import healthy
+from benchmarks.soak.keys import auth
 from benchmarks.soak.leak import leaks
 from benchmarks.soak.load import cancels, overload, slow, streams
 from benchmarks.soak.starts import starts
@@ -26,6 +27,7 @@ GOALS: dict[str, Callable[[argparse.Namespace], Awaitable[Row]]] = {
     "G8": overload,
     "G10": leaks,
     "G12": starts,
+    "G13": auth,
 }
 
 
