@@ -84,8 +84,9 @@ def penalise_native(
             ids = counts[slot].nonzero()[:, 0]
             y[row, ids] = _less(y[row, ids], counts[slot, ids], penalties[row])
         if mask >= 0:
-            bits = np.unpackbits(masks[mask].numpy().view(np.uint8), bitorder="little")
-            y[row, torch.from_numpy(bits[: logits.shape[1]] == 0)] = -torch.inf
+            words = masks[mask].numpy().view(np.uint8)
+            bits = np.unpackbits(words, count=logits.shape[1], bitorder="little")
+            y[row].masked_fill_(torch.from_numpy(bits == 0), -torch.inf)
     return y
 
 

@@ -189,7 +189,7 @@ class Seats:
             masks.words,
             self._up(masks.rows[rows]),
         )
-        return logits.index_copy(0, at, penalised)
+        return penalised if len(rows) == len(logits) else logits.index_copy(0, at, penalised)
 
     def _edit(self, logits: Tensor, seats: Ints, positions: Ints) -> Tensor:
         """Bias and bans are added, all at once: a ban's −inf outweighs whatever else is added."""
