@@ -5,7 +5,6 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
 
 from server.api import admin, embeddings, generate, tokens
 from server.api.docs import describe
@@ -19,7 +18,7 @@ WEB = Path(__file__).parents[1] / "web"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def build(front: Front) -> ASGIApp:
+def build(front: Front) -> Door:
     """The ASGI application around what its routes share."""
     shown = front.settings.docs
     if shown is None:
@@ -41,4 +40,4 @@ def build(front: Front) -> ASGIApp:
     describe(app)
     if shown and WEB.is_dir() and any(WEB.glob("*.html")):
         app.mount("/playground", StaticFiles(directory=WEB, html=True))
-    return Door(app, front)
+    return Door(app, front, generate.POSTS)

@@ -2,25 +2,30 @@
 
 import logging
 import re
+import secrets
 import time
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
-from uuid import uuid4
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api.front import Front
 from server.api.replies import BROKEN, refusal
 from server.errors import KvistError, WrongHost
 
+Endpoint = Callable[[Request], Awaitable[Response]]
 ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 OPEN = ("/health/live", "/health/ready")  # probes name hosts as they like
 log = logging.getLogger("kvist.access")
 
 
 class Door:
-    def __init__(self, app: ASGIApp, front: Front) -> None:
+    def __init__(self, app: FastAPI, front: Front, posts: Mapping[str, Endpoint]) -> None:
         self._app = app
         self._front = front
+        self._posts = posts  # what answers a POST to a path without the framework
         self._hosts = {host.lower() for host in front.settings.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -41,9 +46,10 @@ class Door:
 
         try:
             self._check_host(scope)
-            await self._app(scope, receive, send_on)
+            await self._answer(scope, receive, send_on)
         except KvistError as error:
             state["error"] = error.code  # the word alone: its traceback leads back here, a cycle
+            self._front.metrics.rejected(error.code)
             await refusal(error)(scope, receive, send_on)
         except Exception as error:
             state["error"] = type(error).__name__
@@ -55,6 +61,17 @@ class Door:
             _tell(scope, state, status, seconds)
             if self._front.traces is not None and "meter" in state:
                 self._trace(scope, state, status, seconds)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The framework's matching, middleware, exit stacks and dependencies took a third of the
+        CPU time of a completion, which needs none: it checks its key and body itself."""
+        endpoint = self._posts.get(scope["path"]) if scope["method"] == "POST" else None
+        if endpoint is None:
+            await self._app(scope, receive, send)
+            return
+        scope["app"] = self._app
+        response = await endpoint(Request(scope, receive))
+        await response(scope, receive, send)
 
     def _trace(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
         """A span of the GenAI conventions."""
@@ -93,7 +110,7 @@ def _id(scope: Scope) -> bytes:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and ID.fullmatch(value):
             return bytes(value)
-    return uuid4().hex.encode()
+    return secrets.token_hex(16).encode()
 
 
 def _tell(scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:

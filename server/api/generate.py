@@ -1,12 +1,12 @@
 """POST /v1/completions and /v1/chat/completions: read, ask the engine, answer."""
 
+import secrets
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from uuid import uuid4
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.api import ask
@@ -24,23 +24,23 @@ routes = APIRouter(tags=["generate"])
 
 
 @routes.post("/v1/completions")
-async def completions(request: Request, salt: str = Depends(known)) -> Response:
+async def completions(request: Request) -> Response:
     """Go on with a text."""
-    return await _generate(request, salt, _completion, CompletionShape, "text_completion")
+    return await _generate(request, _completion, CompletionShape, "text_completion")
 
 
 @routes.post("/v1/chat/completions")
-async def chat(request: Request, salt: str = Depends(known)) -> Response:
+async def chat(request: Request) -> Response:
     """Answer a conversation."""
-    return await _generate(request, salt, _chat, ChatShape, "chat")
+    return await _generate(request, _chat, ChatShape, "chat")
 
 
+POSTS = {"/v1/completions": completions, "/v1/chat/completions": chat}
 Ask = Callable[[Front, Served, str, dict[str, Any]], ask.Asked]
 
 
-async def _generate(
-    request: Request, salt: str, read: Ask, shape: type[Shape], operation: str
-) -> Response:
+async def _generate(request: Request, read: Ask, shape: type[Shape], operation: str) -> Response:
+    salt = await known(request)
     front: Front = request.app.state.front
     meter = Meter(front.metrics, operation)
     served = front.open()
@@ -56,13 +56,13 @@ async def _generate(
 
 def _completion(front: Front, served: Served, salt: str, raw: dict[str, Any]) -> ask.Asked:
     body, warnings = front.parse(served, CompletionBody, raw)
-    made = ask.completion(served, body, f"cmpl-{uuid4().hex}", salt)
+    made = ask.completion(served, body, f"cmpl-{secrets.token_hex(16)}", salt)
     made.warnings.extend(warnings)
     return made
 
 
 def _chat(front: Front, served: Served, salt: str, raw: dict[str, Any]) -> ask.Asked:
     body, warnings = front.parse(served, ChatBody, raw)
-    made = ask.chat(served, body, f"chatcmpl-{uuid4().hex}", salt)
+    made = ask.chat(served, body, f"chatcmpl-{secrets.token_hex(16)}", salt)
     made.warnings.extend(warnings)
     return made
