@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import memory
 from kernels.backend import KERNELS
 
 SOURCES = Path(__file__).with_name("cpp")
@@ -56,8 +57,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "linear_f32": [P] * 4 + [I64] * 3 + [C],
     "linear_bf16": [P] * 4 + [I64] * 3 + [C],
     "linear_int8": [P] * 8 + [I64] * 3 + [C],
-    "attention_f32": [P] * 9 + [I64] * 7 + [F32] * 2 + [C],
-    "store_f32": [P] * 11 + [I64] * 9 + [F32] + [C] * 2,
+    "attention_f32": [P] * 9 + [I64] * 9 + [F32] * 2 + [C],
+    "store_f32": [P] * 11 + [I64] * 11 + [F32] + [C] * 2,
     "norm_f32": [P] * 6 + [I64] * 2 + [F32] + [C] * 2,
     "silu_gate_f32": [P] * 2 + [I64] * 2 + [C],
     "gelu_tanh_gate_f32": [P] * 2 + [I64] * 2 + [C],
@@ -153,11 +154,23 @@ def pack(weight: Tensor, scales: Tensor | None = None) -> Packed:
     """weight [out, in] float32, bfloat16, or int8 with scales [out]"""
     out, inner = weight.shape
     if scales is None:
-        tiled = F.pad(weight, (0, 0, 0, -out % TILE)).unflatten(0, (-1, TILE))
-        return Packed(tiled.transpose(1, 2).contiguous(), out, inner)
-    padded = F.pad(weight, (0, -inner % 4, 0, -out % TILE))
-    tiled = padded.view(-1, TILE, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
-    return Packed(tiled, out, inner, scales.float().contiguous(), weight.sum(1, dtype=torch.int32))
+        return Packed(_tiles(weight, 1).squeeze(3), out, inner)
+    sums = weight.sum(1, dtype=torch.int32)
+    return Packed(_tiles(weight, 4), out, inner, scales.float().contiguous(), sums)
+
+
+def _tiles(weight: Tensor, together: int) -> Tensor:
+    """[out, in] -> [tiles, in / together, 32, together], with no copy beside it"""
+    (out, inner), whole = weight.shape, len(weight) // TILE
+    if inner % together:
+        weight = F.pad(weight, (0, -inner % together))
+    groups = weight.unflatten(1, (-1, together))
+    shape = -(-out // TILE), groups.shape[1], TILE, together
+    tiled = memory.zeros(shape, weight.dtype, "cpu")
+    tiled[:whole] = groups[: whole * TILE].unflatten(0, (whole, TILE)).transpose(1, 2)
+    if out % TILE:
+        tiled[whole, :, : out % TILE] = groups[whole * TILE :].transpose(0, 1)
+    return tiled
 
 
 def unpack(weight: Packed, rows: Tensor | None = None) -> Tensor:
@@ -219,7 +232,7 @@ def attention(
     out = torch.empty(query.shape)
     table = page_table.contiguous()
     where = starts, lengths, table
-    sizes = len(lengths), table.shape[1], heads, kv_heads, dim, page, window
+    sizes = len(lengths), table.shape[1], heads, kv_heads, dim, page, *keys.stride()[2:], window
     work = 16 * int(lengths.max()) * query.numel()
     _call(
         "attention_f32",
@@ -255,7 +268,8 @@ def store(
         "store_f32",
         query.numel() * 64,
         *(query, key, value, keys, values, slots, table, at, query_norm, key_norm, out, tokens),
-        *(*steps, heads, keys.shape[1], dim, keys.shape[2], pairs, eps, int(interleaved)),
+        *(*steps, heads, keys.shape[1], dim, keys.shape[2], *keys.stride()[2:]),
+        *(pairs, eps, int(interleaved)),
     )
     return out
 

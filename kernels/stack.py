@@ -40,6 +40,7 @@ class _Stack(ctypes.Structure):
     _fields_ = (
         *((name, P) for name in ("layers", "slopes")),
         *((name, I64) for name in ("count", "hidden", "heads", "kv_heads", "dim", "page")),
+        *((name, I64) for name in ("by_position", "by_channel")),
         *((name, I64) for name in ("rms", "gated", "gelu", "threads", "grain", "reading")),
         *((name, F32) for name in ("eps", "scale", "softcap")),
     )
@@ -93,6 +94,8 @@ class Stack:
             kv_heads=kv_heads,
             dim=dim,
             page=page,
+            by_position=layers[0].keys.stride(2),
+            by_channel=layers[0].keys.stride(3),
             gelu=ACTIVATIONS.index(shape.activation),
             grain=native.GRAIN,
             reading=native.READING,

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import memory
+from kernels.backend import INTERPRETED
+from kernels.pages import copy_pages
 from kernels.sharing import Shared
 from model.config import ModelConfig
 
@@ -41,7 +44,11 @@ class Rows:
 
 
 class Cache:
-    """Every layer's pages in one tensor, so that one launch can copy a page of all layers."""
+    """Every layer's pages in one tensor, so that one launch can copy a page of all layers.
+
+    Float keys on a CPU lie across: all positions of a page for the first channel, then for the
+    second, and so on, since its scores are of sixteen positions at a time.
+    """
 
     def __init__(
         self,
@@ -52,15 +59,27 @@ class Cache:
         device: torch.device | str = "cpu",
     ) -> None:
         shape = (config.layers, 2, pages, config.kv_heads, page_size, config.head_dim)
-        self.pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.pages = memory.zeros(shape, dtype, device)
         self.scales: Tensor | None = None  # a token and head, of pages in fewer bits
         if dtype in FORMATS.values():
             self.scales = torch.zeros(shape[:-1], device=device)
         self.page_size = page_size
+        floats = self.pages.device.type == "cpu" and dtype == torch.float32
+        self.across = floats and page_size % 16 == 0 and not INTERPRETED
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values [pages, kv_heads, page_size, head_dim]."""
-        return self.pages[index, 0], self.pages[index, 1]
+        keys, values = self.pages[index]
+        if self.across:
+            keys = keys.view(*keys.shape[:2], keys.shape[3], keys.shape[2]).transpose(2, 3)
+        return keys, values
+
+    def copy(self, copies: Tensor) -> None:
+        """copies [n, 3]: from page, to page, tokens; all of them where keys lie across"""
+        if self.across:
+            copies = copies.clone()
+            copies[:, 2] = self.page_size
+        copy_pages(self.pages, copies, self.scales)
 
     def layer_scales(self, index: int) -> dict[str, Tensor | None]:
         """Theirs, [pages, kv_heads, page_size]; None: they need none."""

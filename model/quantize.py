@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels import memory
 from kernels.linear import (
     Fp8Weight,
     Int4Weight,
@@ -22,7 +23,6 @@ from kernels.linear import (
     quantize_int4,
     quantize_int8,
 )
-from model import memory
 from model.decoder import Decoder, Linear
 
 Quantize = Literal["none", "int8", "int4", "fp8"]

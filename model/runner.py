@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from kernels.attention import shares_reads
-from kernels.pages import copy_pages
 from kernels.sharing import Shared, find_shared
 from kernels.topk import top_logprobs
 from model.batch import LAST_SAMPLE, Batch, Ints, Output
@@ -53,7 +52,7 @@ class Runner:
         if len(batch.forks):
             self.seats.fork(batch.forks)
         if len(batch.copies):
-            copy_pages(self.cache.pages, self._up(batch.copies), self.cache.scales)
+            self.cache.copy(self._up(batch.copies))
         if self.graphs is not None and self.graphs.fits(batch):
             return self._down(self._replay(self.graphs, batch))
         row, positions = _places(batch)

@@ -16,13 +16,13 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from kernels.linear import Quantised
+from kernels.memory import empty
 from model import quantize
 from model.checkpoint import CheckpointError
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.device import free_memory, pick_dtype
 from model.manifest import Move, check, read_manifest
-from model.memory import empty
 
 BAR = 256 << 20  # bytes from which a progress bar is worth showing
 

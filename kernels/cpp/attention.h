@@ -13,13 +13,19 @@
 
 static const int KEYS = 64, LANES = 16;  // positions of a tile, and of a register
 static const int SPAN = 512, QUERIES = 64, MOST = 128;  // MOST: heads of a group
+static const int FEW = 32;  // queries of a task that is done before its tiles are read
 static const int TALL = 6;  // queries that share what is loaded, as many as fit the registers
 
 struct Pages {
     const float *query, *keys, *values, *sinks, *slopes;
     const int32_t *starts, *lengths, *table;
-    i64 width, heads, kv_heads, dim, page, window;
+    i64 width, heads, kv_heads, dim, page, by_position, by_channel, window;  // of keys, in a page
     float scale, softcap;
+
+    i64 block(i64 row, i64 head, i64 t) const {  // where the page of position t begins
+        return (table[row * width + t / page] * kv_heads + head) * page * dim;
+    }
+    bool across() const { return by_position == 1 && page % LANES == 0; }  // registers of positions
 };
 
 struct Task {
@@ -28,67 +34,50 @@ struct Task {
     i64 partial;                      // where its maxima, sums and values go
 };
 
-// to[d][t] = k[t][d] for LANES positions t; to's rows are KEYS apart.
-static void transpose(const float* const* k, i64 dim, float* to) {
-    i64 d = 0;
-#if defined(__AVX512F__)
-    for (; d + 16 <= dim; d += 16) {  // pairs, fours, eights, sixteens change places
-        __m512 a[16], b[16];
-#pragma GCC unroll 16
-        for (int t = 0; t < 16; t++) a[t] = _mm512_loadu_ps(k[t] + d);
-#pragma GCC unroll 8
-        for (int t = 0; t < 16; t += 2) {
-            b[t] = _mm512_unpacklo_ps(a[t], a[t + 1]);
-            b[t + 1] = _mm512_unpackhi_ps(a[t], a[t + 1]);
-        }
-#pragma GCC unroll 4
-        for (int t = 0; t < 16; t += 4)
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) {
-                __m512d low = (__m512d)b[t + j], high = (__m512d)b[t + 2 + j];
-                a[t + 2 * j] = (__m512)_mm512_unpacklo_pd(low, high);
-                a[t + 2 * j + 1] = (__m512)_mm512_unpackhi_pd(low, high);
-            }
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {  // a[4i + j] has channels j, 4 + j, 8 + j, 12 + j of rows 4i …
-            __m512 even = _mm512_shuffle_f32x4(a[j], a[4 + j], 0x88);
-            __m512 odd = _mm512_shuffle_f32x4(a[j], a[4 + j], 0xdd);
-            __m512 even2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0x88);
-            __m512 odd2 = _mm512_shuffle_f32x4(a[8 + j], a[12 + j], 0xdd);
-            _mm512_storeu_ps(to + (d + j) * KEYS, _mm512_shuffle_f32x4(even, even2, 0x88));
-            _mm512_storeu_ps(to + (d + 4 + j) * KEYS, _mm512_shuffle_f32x4(odd, odd2, 0x88));
-            _mm512_storeu_ps(to + (d + 8 + j) * KEYS, _mm512_shuffle_f32x4(even, even2, 0xdd));
-            _mm512_storeu_ps(to + (d + 12 + j) * KEYS, _mm512_shuffle_f32x4(odd, odd2, 0xdd));
-        }
-    }
-#endif
-    for (; d < dim; d++)
-        for (int t = 0; t < LANES; t++) to[d * KEYS + t] = k[t][d];
-}
+// The next tile is asked for while this one is worked on, a line at a time: a page lies anywhere,
+// so that the core cannot guess it. Into the second cache, where more may be on their way.
+struct Soon {
+    const float* const* part = nullptr;  // each LANES positions
+    int count = 0;
 
-// s[m][t] = q[m] · k[t] for 2 · LANES positions
-template <int M>
-static void scores(const float* const* q, const float* kT, i64 dim, float (*s)[KEYS]) {
-    v16 sum[M][2];
+    inline __attribute__((always_inline)) void ask(i64 line) const {
+        for (int i = 0; i < count; i++) __builtin_prefetch(part[i] + line, 0, 2);
+    }
+    Soon share(int first, int last, int of) const {  // for queries first … last
+        int from = count * first / of;
+        return {part + from, count * last / of - from};
+    }
+};
+
+// s[m][t] = q[m] · k[t] for J · LANES positions: k[j] are channels `step` apart, of LANES positions
+template <int M, int J>
+static void scores(const float* const* q, const float* const* k, i64 step, i64 dim, float (*s)[KEYS],
+                   Soon soon) {
+    v16 sum[M][J];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = v16{};
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < J; j++) sum[m][j] = v16{};
     for (i64 d = 0; d < dim; d++) {
-        v16 a = load16(kT + d * KEYS), b = load16(kT + d * KEYS + LANES);
+        v16 key[J];
+#pragma GCC unroll 4
+        for (int j = 0; j < J; j++) key[j] = load16(k[j] + d * step);
+        soon.ask(d * step);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
-            v16 one = all16(q[m][d]);
-            sum[m][0] += one * a;
-            sum[m][1] += one * b;
-        }
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+            for (int j = 0; j < J; j++) sum[m][j] += q[m][d] * key[j];
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) *(v16*)s[m] = sum[m][0], *(v16*)(s[m] + LANES) = sum[m][1];
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+        for (int j = 0; j < J; j++) *(v16*)(s[m] + j * LANES) = sum[m][j];
 }
 
 // found[m] = found[m] · keep[m] + Σ share[m][t] · v[t], for J registers of channels
 template <int M, int J>
 static void mix(const float (*share)[KEYS], const float* const* v, int n, const float* keep,
-                float* found, i64 dim, i64 d) {
+                float* found, i64 dim, i64 d, Soon soon) {
     v16 sum[M][J];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
@@ -98,6 +87,7 @@ static void mix(const float (*share)[KEYS], const float* const* v, int n, const 
         v16 value[J];
 #pragma GCC unroll 4
         for (int j = 0; j < J; j++) value[j] = load16(v[t] + d + 16 * j);
+        soon.ask((d + t) * LANES);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
@@ -111,16 +101,18 @@ static void mix(const float (*share)[KEYS], const float* const* v, int n, const 
 
 // A tile's part of M queries: their scores, or what they take from the values.
 template <int M>
-static void score_tile(const float* const* q, const float* kT, i64 dim, int n, float (*s)[KEYS]) {
-    for (int t = 0; t < n; t += 2 * LANES)
-        scores<M>(q, kT + t, dim, (float(*)[KEYS])((float*)s + t));
+static void score_tile(const float* const* q, const float* const* k, i64 step, i64 dim, int n,
+                       float (*s)[KEYS], Soon soon) {
+    if (n > KEYS - LANES) return scores<M, KEYS / LANES>(q, k, step, dim, s, soon);
+    for (int j = 0; j * LANES < n; j++)
+        scores<M, 1>(q, k + j, step, dim, (float(*)[KEYS])((float*)s + j * LANES), Soon{});
 }
 template <int M>
 static void mix_tile(const float (*share)[KEYS], const float* const* v, int n, const float* keep,
-                     float* found, i64 dim) {
+                     float* found, i64 dim, Soon soon) {
     i64 d = 0;
-    for (; d + 64 <= dim; d += 64) mix<M, 4>(share, v, n, keep, found, dim, d);
-    for (; d + 16 <= dim; d += 16) mix<M, 1>(share, v, n, keep, found, dim, d);
+    for (; d + 64 <= dim; d += 64) mix<M, 4>(share, v, n, keep, found, dim, d, soon);
+    for (; d + 16 <= dim; d += 16) mix<M, 1>(share, v, n, keep, found, dim, d, soon);
     for (; d < dim; d++)
         for (int m = 0; m < M; m++) {
             float sum = found[m * dim + d] * keep[m];
@@ -169,14 +161,38 @@ static float shares(const Pages& a, float* s, i64 base, i64 at, i64 from, float 
     return keep;
 }
 
-static void attend(const Pages& a, const Task& task, float* partial) {
+// Where the n keys from `base` lie, LANES together, and how far apart their channels are. Pages
+// that do not hold registers of positions are copied to `room`.
+static i64 gather(const Pages& a, const Task& task, i64 base, int n, float* room, const float** k) {
+    for (int j = 0; j * LANES < n; j++) {
+        i64 t = base + j * LANES;
+        k[j] = a.across() ? a.keys + a.block(task.row, task.head, t) + t % a.page : room + j * LANES;
+    }
+    if (a.across()) return a.by_channel;
+    for (int t = 0; t < n; t++) {
+        const float* key = a.keys + a.block(task.row, task.head, base + t) + (base + t) % a.page * a.by_position;
+        for (i64 d = 0; d < a.dim; d++) room[d * KEYS + t] = key[d * a.by_channel];
+    }
+    return KEYS;
+}
+
+// Where the keys and values of the tile from `base` lie, LANES together; -> how many of them
+static int look(const Pages& a, const Task& task, i64 base, const float* (*ahead)[KEYS / LANES]) {
+    int count = 0;
+    for (i64 t = base; t < std::min<i64>(base + KEYS, task.end); t += LANES, count++) {
+        i64 at = a.block(task.row, task.head, t), offset = t % a.page;
+        ahead[0][count] = a.keys + at + offset, ahead[1][count] = a.values + at + offset * a.dim;
+    }
+    return count;
+}
+
+static void attend(const Pages& a, const Task& task, const Task* after, float* partial) {
     i64 group = a.heads / a.kv_heads, dim = a.dim;
     int M = task.count * (int)group;
     i64 total = a.starts[task.row + 1] - a.starts[task.row];
     i64 before = a.lengths[task.row] - total;  // positions before this step's
-    const int32_t* table = a.table + task.row * a.width;
-    alignas(64) float kT[DIM * KEYS], s[MOST][KEYS];
-    const float *k[KEYS], *v[KEYS], *q[MOST];
+    alignas(64) float room[DIM * KEYS], s[MOST][KEYS];
+    const float *k[KEYS / LANES], *v[KEYS], *q[MOST], *ahead[2][KEYS / LANES];
     float *top = partial, *sum = partial + M, *found = partial + 2 * M, keep[MOST];  // found [M, dim]
     std::fill(found, found + M * dim, 0.0f);
     std::fill(top, sum, -INFINITY), std::fill(sum, found, 0.0f);
@@ -186,16 +202,16 @@ static void attend(const Pages& a, const Task& task, float* partial) {
     }
     for (i64 base = task.begin; base < task.end; base += KEYS) {
         int n = (int)std::min<i64>(KEYS, task.end - base);
-        for (int t = 0; t < n;) {
-            i64 offset = (base + t) % a.page, page = table[(base + t) / a.page];
-            i64 at = ((page * a.kv_heads + task.head) * a.page + offset) * dim;
-            for (i64 left = a.page - offset; left && t < n; left--, t++, at += dim)
-                k[t] = a.keys + at, v[t] = a.values + at;
-        }
-        std::fill(k + n, k + KEYS, k[0]);  // any key will do: nobody sees these
-        for (int t = 0; t < (n > 2 * LANES ? KEYS : 2 * LANES); t += LANES)
-            transpose(k + t, dim, kT + t);
-        by_tall(M, [&](int m, auto count) { score_tile<count>(q + m, kT, dim, n, s + m); });
+        Soon keys{ahead[0]}, values{ahead[1]};
+        if (M <= FEW && a.across())
+            keys.count = values.count = base + KEYS < task.end ? look(a, task, base + KEYS, ahead)
+                                        : after ? look(a, *after, after->begin, ahead) : 0;
+        for (int t = 0; t < n; t++)
+            v[t] = a.values + a.block(task.row, task.head, base + t) + (base + t) % a.page * dim;
+        i64 step = gather(a, task, base, n, room, k);
+        by_tall(M, [&](int m, auto count) {
+            score_tile<count>(q + m, k, step, dim, n, s + m, keys.share(m, m + count, M));
+        });
         for (int m = 0; m < M; m++) {
             i64 at = before + task.first + m / group;
             i64 from = a.window ? std::max<i64>(0, at - a.window + 1) : 0;
@@ -203,7 +219,7 @@ static void attend(const Pages& a, const Task& task, float* partial) {
             keep[m] = shares(a, s[m], base, at, from, slope, top[m], sum[m]);
         }
         by_tall(M, [&](int m, auto count) {
-            mix_tile<count>(s + m, v, n, keep + m, found + m * dim, dim);
+            mix_tile<count>(s + m, v, n, keep + m, found + m * dim, dim, values.share(m, m + count, M));
         });
     }
 }
@@ -211,10 +227,10 @@ static void attend(const Pages& a, const Task& task, float* partial) {
 extern "C" void attention_f32(const float* query, const float* keys, const float* values,
                               const int32_t* starts, const int32_t* lengths, const int32_t* table,
                               const float* sinks, const float* slopes, float* out, i64 rows,
-                              i64 width, i64 heads, i64 kv_heads, i64 dim, i64 page, i64 window,
-                              float scale, float softcap, int threads) {
+                              i64 width, i64 heads, i64 kv_heads, i64 dim, i64 page,
+                              i64 by_position, i64 by_channel, i64 window, float scale, float softcap, int threads) {
     Pages a{query, keys, values, sinks, slopes, starts, lengths, table,
-            width, heads, kv_heads, dim, page, window, scale, softcap};
+            width, heads, kv_heads, dim, page, by_position, by_channel, window, scale, softcap};
     int group = (int)(heads / kv_heads), each = std::max(1, QUERIES / group);
     std::vector<Task> tasks;
     std::vector<size_t> sets;  // the first task of each set of queries; spans follow
@@ -238,7 +254,8 @@ extern "C" void attention_f32(const float* query, const float* keys, const float
     if ((i64)scratch.size() < size) scratch.resize(size);
     float* partial = scratch.data();
     split((i64)tasks.size(), threads, [&](i64 begin, i64 end) {
-        for (i64 t = begin; t < end; t++) attend(a, tasks[t], partial + tasks[t].partial);
+        for (i64 t = begin; t < end; t++)
+            attend(a, tasks[t], t + 1 < end ? &tasks[t + 1] : nullptr, partial + tasks[t].partial);
     });
     split((i64)sets.size() - 1, threads, [&](i64 begin, i64 end) {
         for (i64 s = begin; s < end; s++) {

@@ -65,23 +65,22 @@ extern "C" void store_f32(const float* query, const float* key, const float* val
                           float* values, const i64* slots, const float* table, const i64* at,
                           const float* query_norm, const float* key_norm, float* out, i64 tokens,
                           i64 q_step, i64 k_step, i64 v_step, i64 heads, i64 kv_heads, i64 dim,
-                          i64 page, i64 pairs, float eps, int interleaved, int threads) {
+                          i64 page, i64 by_position, i64 by_channel, i64 pairs, float eps, int interleaved, int threads) {
     split(tokens, tokens * heads * dim > SMALL ? threads : 1, [=](i64 begin, i64 end) {
       for (i64 t = begin; t < end; t++) {
         const float* angles = table ? table + at[t] * 2 * pairs : nullptr;
-        float normed[DIM], *place;
+        float normed[DIM], turned[DIM];
         for (i64 h = 0; h < heads + kv_heads; h++) {
             bool q = h < heads;
             const float* x = q ? query + t * q_step + h * dim : key + t * k_step + (h - heads) * dim;
             const float* weight = q ? query_norm : key_norm;
             if (weight) norm_row(x, nullptr, weight, nullptr, normed, nullptr, dim, eps, 1), x = normed;
-            if (q)
-                place = out + (t * heads + h) * dim;
-            else if (slots[t] < 0)
-                continue;
-            else
-                place = keys + ((slots[t] / page * kv_heads + h - heads) * page + slots[t] % page) * dim;
-            turn(x, place, angles, angles ? pairs : 0, dim, interleaved);
+            float* to = q ? out + (t * heads + h) * dim : turned;
+            turn(x, to, angles, angles ? pairs : 0, dim, interleaved);
+            if (q || slots[t] < 0) continue;
+            float* place = keys + (slots[t] / page * kv_heads + h - heads) * page * dim;
+            place += slots[t] % page * by_position;
+            for (i64 d = 0; d < dim; d++) place[d * by_channel] = turned[d];
         }
         if (slots[t] >= 0)
             for (i64 h = 0; h < kv_heads; h++)

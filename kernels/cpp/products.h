@@ -8,6 +8,7 @@
 
 static const i64 CACHE = 256 << 10;  // bytes of rows that a core keeps near
 static const int TILE = 32;  // outputs of a tile: two registers of 16 floats
+static const i64 AHEAD = 4096;  // bytes of weights asked for early: a page, where the core's own guess ends
 static const int ROWS = 12;  // rows of a block: 24 accumulators, the rest holds weights
 
 
@@ -20,6 +21,7 @@ static void block(const float* x, const W* w, const float* bias, float* y, i64 i
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = v16{};
     for (i64 k = 0; k < in; k++, w += TILE) {
         v16 a = load16(w), b = load16(w + 16);
+        for (int i = 0; i < TILE * (int)sizeof(W); i += 64) __builtin_prefetch((const char*)w + AHEAD + i);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
             v16 s = all16(x[m * in + k]);
@@ -102,6 +104,7 @@ static void block8(const uint8_t* x, const float* xs, const int8_t* w, const flo
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_si512();
     for (i64 k = 0; k < in; k += 4, w += TILE * 4) {
         __m512i a = _mm512_loadu_si512(w), b = _mm512_loadu_si512(w + 64);
+        __builtin_prefetch(w + AHEAD), __builtin_prefetch(w + AHEAD + 64);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
             int32_t four;

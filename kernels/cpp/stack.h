@@ -12,8 +12,8 @@
 extern "C" void attention_f32(const float* query, const float* keys, const float* values,
                               const int32_t* starts, const int32_t* lengths, const int32_t* table,
                               const float* sinks, const float* slopes, float* out, i64 rows,
-                              i64 width, i64 heads, i64 kv_heads, i64 dim, i64 page, i64 window,
-                              float scale, float softcap, int threads);
+                              i64 width, i64 heads, i64 kv_heads, i64 dim, i64 page,
+                              i64 by_position, i64 by_channel, i64 window, float scale, float softcap, int threads);
 
 struct Product {
     const void* values;
@@ -35,7 +35,7 @@ struct Layer {
 struct Stack {
     const Layer* layers;
     const float* slopes;
-    i64 count, hidden, heads, kv_heads, dim, page, rms, gated, gelu, threads, grain, reading;
+    i64 count, hidden, heads, kv_heads, dim, page, by_position, by_channel, rms, gated, gelu, threads, grain, reading;
     float eps, scale, softcap;
 };
 
@@ -89,10 +89,10 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         const i64 row = queries + 2 * keys;
         store_f32(qkv, qkv + queries, qkv + queries + keys, l.keys, l.values, step->slots, l.angles,
                   step->at, l.query_norm, l.key_norm, query, n, row, row, row, a.heads, a.kv_heads,
-                  a.dim, a.page, l.pairs, a.eps, (int)l.interleaved, all);
+                  a.dim, a.page, a.by_position, a.by_channel, l.pairs, a.eps, (int)l.interleaved, all);
         attention_f32(query, l.keys, l.values, step->starts, step->lengths, step->table, l.sinks,
                       a.slopes, qkv, step->rows, step->width, a.heads, a.kv_heads, a.dim, a.page,
-                      l.window, a.scale, a.softcap, reading);
+                      a.by_position, a.by_channel, l.window, a.scale, a.softcap, reading);
         product(l.out, qkv, added);
         renorm(l.out_norm);
         norm_f32(x, added, l.mlp_norm, l.mlp_norm_bias, h, x, n, a.hidden, a.eps, (int)a.rms, all);

@@ -128,10 +128,10 @@ def test_attention(
     more: dict[str, Any],
 ) -> None:
     query, keys, values, where = paged(counts, lengths, heads, dim, page)
-    close(
-        native.attention(query, keys, values, **where, **more),
-        attention_reference(query, keys, values, **where, **more),
-    )
+    found = native.attention(query, keys, values, **where, **more)
+    close(found, attention_reference(query, keys, values, **where, **more))
+    across = keys.mT.contiguous().mT  # as the cache has them
+    assert torch.equal(native.attention(query, across, values, **where, **more), found)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
@@ -164,6 +164,9 @@ def test_store(interleaved: bool, normed: bool) -> None:
     close(found, reference(query, key, value, their_keys, their_values, slots, **how))
     close(keys, their_keys)
     assert torch.equal(values, their_values)
+    across = torch.zeros(8, 2, 24, 4).mT
+    native.store(query, key, value, across, values, slots, **how)
+    assert torch.equal(across, keys)
 
 
 @pytest.mark.parametrize("width", [16, 96, 901])

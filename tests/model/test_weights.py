@@ -23,7 +23,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import memory, weights
+from kernels import memory
+from model import weights
 from model.cache import Rows
 from model.checkpoint import CheckpointError
 from model.decoder import Decoder
