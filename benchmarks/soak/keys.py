@@ -39,7 +39,8 @@ METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "TRACE", 
 PATHS = (  # how a path can be written so that two readers read it differently
     "{}", "/{}", "{}/", "{}?/health/live", "{}#/health/live", "{};/health/live", "/.{}",
     "/health/live/..{}", "/health/live/../..{}", "/health/live/%2e%2e/%2e%2e{}",
-    "/health/live%2f..%2f..{}", "/health/ready%00{}", "http://x{}", "http://x/health/live/../..{}", "/%2f{}", "\\{}", "*{}",
+    "/health/live%2f..%2f..{}", "/health/ready%00{}", "http://x{}", "/%2f{}", "\\{}", "*{}",
+    "http://x/health/live/../..{}",
 )  # fmt: skip
 HOSTS = ("x", "/health/live", "x/health/live", "x/health/live?", "localhost", "health.live:0", "")
 
