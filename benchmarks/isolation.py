@@ -241,8 +241,8 @@ def main() -> int:
 
 
 def narrow_pages(texts: Texts) -> int:
-    """Hardly more than a long prompt takes."""
-    return int(texts.context * LONG * 1.2) // 16
+    """Hardly more than a long prompt takes, or a search of eight beams."""
+    return max(40, int(texts.context * LONG * 1.2) // 16)
 
 
 if __name__ == "__main__":

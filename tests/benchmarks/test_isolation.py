@@ -15,7 +15,7 @@ def test_hostile_neighbours_change_nothing(
 ) -> None:
     """T34, G11: every kind of victim, beside neighbours of every kind, and of one that preempts."""
     flags = ["--tokens", "12", "--victims", "7", "--threads", "1", "--only", "go first", "all"]
-    monkeypatch.setattr(isolation, "LONG", 0.05)  # of 2048 tokens, or the pages are never short
+    monkeypatch.setattr(isolation, "LONG", 0.1)  # of 2048 tokens, or the pages are never short
     monkeypatch.setattr("sys.argv", ["isolation", str(make(tmp_path)), *flags])
     assert isolation.main() == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
