@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -18,6 +19,7 @@ from prometheus_client.core import (
 
 from server.engine.process import Health
 from server.engine.request import Event, Stats
+from server.histogram import Histogram
 
 FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10)
 BETWEEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5)
@@ -65,7 +67,9 @@ class Metrics:
     def __init__(self, model: str, version: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = (model, "0")
-        self._histograms = {name: self._histogram(name) for name in HISTOGRAMS}
+        self._histograms = {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
+        self._gen_ai: dict[tuple[str, str], Histogram] = {}  # by name and operation
+        self.registry.register(self)
         self._finished = Counter(
             "vllm:request_success",
             "choices that ended well, by why",
@@ -75,25 +79,27 @@ class Metrics:
         self._rejected = self._counter(
             "requests_rejected", "refused, by the error's code", "reason"
         )
-        self.lag = Histogram(
+        self.lag = prometheus_client.Histogram(
             "event_loop_lag_seconds",
             "how late the event loop was",
             buckets=LAG,
             registry=self.registry,
         )
-        self._gen_ai = {name: self._telemetry(name) for name in GEN_AI}
         build = Gauge("build_info", "what runs here", ["version"], registry=self.registry)
         build.labels(version).set(1)
 
-    def _histogram(self, name: str) -> Histogram:
-        about, buckets = HISTOGRAMS[name]
-        made = Histogram(name, about, LABELS, buckets=buckets, registry=self.registry)
-        return made.labels(*self._labels)
-
-    def _telemetry(self, name: str) -> Histogram:
-        about, buckets = GEN_AI[name]
-        name = f"gen_ai_server_{name}_seconds"
-        return Histogram(name, about, TELEMETRY, buckets=buckets, registry=self.registry)
+    def collect(self) -> Iterator[Metric]:
+        """A Prometheus collector, of the histograms."""
+        for name, (about, _) in HISTOGRAMS.items():
+            family = HistogramMetricFamily(name, about, labels=LABELS)
+            self._histograms[name].tell(family, self._labels)
+            yield family
+        for name, (about, _) in GEN_AI.items():
+            family = HistogramMetricFamily(f"gen_ai_server_{name}_seconds", about, labels=TELEMETRY)
+            for (of, operation), histogram in self._gen_ai.items():
+                if of == name:
+                    histogram.tell(family, (operation, "kvist"))
+            yield family
 
     def _counter(self, name: str, about: str, label: str) -> Counter:
         return Counter(name, about, [label], registry=self.registry)
@@ -112,7 +118,10 @@ class Metrics:
         self._histograms[f"vllm:{name}"].observe(value)
 
     def telemetry(self, name: str, operation: str, value: float) -> None:
-        self._gen_ai[name].labels(operation, "kvist").observe(value)
+        key = name, operation
+        if key not in self._gen_ai:
+            self._gen_ai[key] = Histogram(GEN_AI[name][1])
+        self._gen_ai[key].observe(value)
 
     def page(self) -> bytes:
         return generate_latest(self.registry)
@@ -141,8 +150,9 @@ class Meter:
         self._metrics.observe("request_params_max_tokens", tokens)
 
     def event(self, event: Event) -> None:
-        count = sum(len(choice.tokens) for choice in event.choices)
+        count = 0
         for choice in event.choices:
+            count += len(choice.tokens)
             if choice.finish:
                 self._metrics.finished(choice.finish)
         if event.prompt_tokens:  # the first of a prompt
