@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections import deque
@@ -18,6 +19,8 @@ from server.engine import process
 from server.engine.heart import Heart
 from server.engine.process import Blueprint, Child, Client
 from server.engine.request import Event, Request
+from server.engine.wire import Cancel, Line, Step, Submit, ToEngine, frame, to_front
+from server.engine.worker import Worker
 from server.errors import Duplicate, EngineDown, Failed, ModelError, NotFound
 from tests.server.simulation import build
 
@@ -199,6 +202,24 @@ def test_who_does_not_read_is_cut_off_and_nobody_else(house: House) -> None:
 def _codes(client: Client) -> list[str | None]:
     inboxes = client._registry._inboxes.values()
     return [inbox.event.code for inbox in inboxes if inbox.event is not None]
+
+
+def test_who_leaves_before_the_next_step_costs_none() -> None:
+    """T30: a cancellation that is read together with its request comes before any of its rows."""
+    theirs, ours = socket.socketpair()
+    heart = Heart()
+    engine = build.build()
+    both: list[ToEngine] = [Submit(ask_for("hasty", LONG)), Cancel("hasty")]
+    with theirs, ours:
+        theirs.sendall(b"".join(frame(one) for one in both))
+        theirs.shutdown(socket.SHUT_WR)
+        Worker(engine, Line(ours), heart).run()
+        (step,) = to_front().feed(theirs.recv(1 << 16))
+    heart.close()
+    assert isinstance(step, Step)
+    assert [(event.id, event.done) for event in step.events] == [("hasty", True)]
+    assert (step.stats.steps, step.stats.aborted) == (0, {"queue": 1})
+    assert engine.idle
 
 
 def test_questions_are_answered_between_steps(house: House) -> None:
