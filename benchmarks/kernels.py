@@ -106,17 +106,24 @@ def _list(options: Namespace) -> None:
         {
             "kernel": one.name,
             "sm": one.arch,
+            "configuration": _words(one, chosen=True),
             "registers": one.registers,
             "spills": one.spills,
             "shared": one.shared,
-            "warps": one.warps,
             "tensor ops": one.products,
             "async copies": one.copies,
-            "variant": one.variant,
+            "variant": _words(one, chosen=False),
         }
         for one in found
     ]
     harness.finish("kernel_variants", rows, options)
+
+
+def _words(made: Compiled, chosen: bool) -> str:
+    """Of a variant: what the kernel's table has chosen, or what was asked of it."""
+    table = ("BLOCK", "ROWS=", "num_")
+    words = [word for word in made.variant.split() if word.startswith(table) == chosen]
+    return " ".join(words).replace("num_", "")
 
 
 def _measure(case: Case, bench: Bench, ceilings: Ceilings | None) -> list[harness.Row]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Call, Kernel, Probe, launch, tl, triton
+from kernels.config import Config, Key, configured, runs
 
 SIMPLE: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -21,7 +22,12 @@ SIMPLE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 KINDS = (*SIMPLE, "swigluoai")  # of gate; a kernel knows a kind by its place here
 
-BLOCK = 1024  # numbers a program writes: with 4 warps, one load of 16 bytes a lane and half
+CONFIGS: dict[
+    Key, Config
+] = {  # numbers a program writes: with 4 warps, one load of 16 bytes a lane
+    ("activate",): Config(1024, 4),
+    ("gate",): Config(1024, 4),
+}
 
 
 def activate_reference(x: Tensor, kind: str) -> Tensor:
@@ -86,8 +92,9 @@ def _launch_activate(x: Tensor, kind: str) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     if count := x.numel():
-        grid = (triton.cdiv(count, BLOCK),)
-        launch(_activate, grid, x, y, count, KIND=KINDS.index(kind), BLOCK=BLOCK)
+        config = configured(CONFIGS, x.device, "activate")
+        sizes = {"KIND": KINDS.index(kind), "BLOCK": config.block}
+        launch(_activate, (triton.cdiv(count, config.block),), x, y, count, **sizes, **runs(config))
     return y
 
 
@@ -96,8 +103,10 @@ def _launch_gate(x: Tensor, kind: str, limit: float = 0.0) -> Tensor:
     width = x.shape[-1] // 2
     y = x.new_empty(*x.shape[:-1], width)
     if y.numel():
-        grid = (y.numel() // width, triton.cdiv(width, BLOCK))
-        launch(_gate, grid, x, y, width, float(limit), KIND=KINDS.index(kind), BLOCK=BLOCK)
+        config = configured(CONFIGS, x.device, "gate")
+        sizes = {"KIND": KINDS.index(kind), "BLOCK": config.block}
+        grid = (y.numel() // width, triton.cdiv(width, config.block))
+        launch(_gate, grid, x, y, width, float(limit), **sizes, **runs(config))
     return y
 
 

@@ -11,6 +11,7 @@ to the device alone, so the grid has room for any way they may fall, and idle bl
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from kernels.activation import KINDS, apply_gate, gate
 from kernels.backend import Call, Kernel, Probe, launch, tl, triton
+from kernels.config import Key, configured, runs
 
 
 def experts_reference(
@@ -167,6 +169,27 @@ def _combine(visits, probabilities, y, per_token, hidden, BLOCK: tl.constexpr):
     tl.store(y + token * hidden + n, acc.to(y.dtype.element_ty), n < hidden)
 
 
+class Config(NamedTuple):
+    block: int  # visits of an expert that are found, or outputs that are made, at once
+    depth: int  # inputs of a step
+    warps: int
+    stages: int
+
+
+# By the bytes of a number and the visits of a tile. Float32 has no tensor cores, and what does not
+# fit into registers spills.
+CONFIGS: dict[Key, Config] = {
+    ("route",): Config(1024, 0, 4, 1),
+    ("combine",): Config(1024, 0, 4, 1),
+    (2, 16): Config(64, 64, 4, 3),
+    (2, 32): Config(64, 64, 4, 3),
+    (2, 64): Config(64, 64, 4, 3),
+    (4, 16): Config(32, 32, 4, 2),
+    (4, 32): Config(32, 32, 4, 2),
+    (4, 64): Config(32, 32, 8, 2),
+}
+
+
 def _launch(
     x: Tensor,
     chosen: Tensor,
@@ -182,15 +205,18 @@ def _launch(
     count, ff, visits = len(up), down.shape[2], chosen.numel()
     order = torch.empty(visits, dtype=torch.int32, device=x.device)
     begins = torch.empty(count + 1, dtype=torch.int32, device=x.device)
-    launch(_route, (count,), chosen.contiguous(), order, begins, visits, BLOCK=1024)
+    route, combine = (configured(CONFIGS, x.device, kind) for kind in ("route", "combine"))
+    sizes = {"BLOCK": route.block, **runs(route)}
+    launch(_route, (count,), chosen.contiguous(), order, begins, visits, **sizes)
 
     m = _block_m(visits, count)
     # An expert's last block may be partly filled; no more experts than visits have one.
     blocks = min(visits, visits // m + count)
     sizes = {"EXPERTS": count, "PADDED": triton.next_power_of_2(count), "BLOCK_M": m}
     inner, found, y = x.new_empty(visits, ff), x.new_empty(visits, hidden), torch.empty_like(x)
-    n, k, options = _tile(x, m)
-    fit = {"BLOCK_N": n, "BLOCK_K": k, **options}
+    config = configured(CONFIGS, x.device, x.element_size(), m)
+    n, k = config.block, config.depth
+    fit = {"BLOCK_N": n, "BLOCK_K": k, **runs(config)}
     launch(
         _up, (blocks, triton.cdiv(ff, n)), x.contiguous(), up, up_bias, order, begins, inner,
         per_token, hidden, ff, float(limit),
@@ -200,21 +226,15 @@ def _launch(
         _down, (blocks, triton.cdiv(hidden, n)), inner, down, down_bias, order, begins, found,
         ff, hidden, MASKED=ff % k != 0, **sizes, **fit,
     )  # fmt: skip
-    grid = (tokens, triton.cdiv(hidden, 1024))
-    launch(_combine, grid, found, probabilities.contiguous(), y, per_token, hidden, BLOCK=1024)
+    grid, sizes = (tokens, triton.cdiv(hidden, combine.block)), {"BLOCK": combine.block}
+    shares = probabilities.contiguous()
+    launch(_combine, grid, found, shares, y, per_token, hidden, **sizes, **runs(combine))
     return y
 
 
 def _block_m(visits: int, count: int) -> int:
     """About an expert's even share of visits: a smaller block reads the weights more often."""
     return max(16, min(64, triton.next_power_of_2(visits // count)))
-
-
-def _tile(x: Tensor, m: int) -> tuple[int, int, dict[str, int]]:
-    """-> outputs and inputs of a tile, and how it runs"""
-    if x.element_size() == 4:  # no tensor cores: what does not fit into registers spills
-        return 32, 32, {"num_warps": 8 if m > 32 else 4, "num_stages": 2}
-    return 64, 64, {"num_warps": 4, "num_stages": 3}
 
 
 def _trial(probe: Probe) -> Iterator[Call]:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Call, Kernel, Probe, counters, describe, launch, tl, triton
+from kernels.config import Key, configured, runs
 
 
 class Int8Weight(NamedTuple):
@@ -216,18 +217,19 @@ def _linear(
 class Config(NamedTuple):
     columns: int  # outputs of a block
     run: int  # bytes of a weight's row at once
-    warps: int
     rows: int  # of x that Triton takes; above, tensor cores are filled anyway
+    warps: int
+    stages: int  # steps in flight, if two blocks of so many fit into a processor
 
 
 # By the bytes of a weight's value, 0 for half of one. Quantised ones take more rows: making a
 # weight whole costs as much as some 64 of them. Float32 has no tensor cores, and more than 64
 # numbers at once do not fit into registers. Chosen for no spills, not yet by time.
-CONFIGS = {
-    4: Config(32, 256, 4, 16),
-    2: Config(32, 256, 4, 16),
-    1: Config(32, 256, 4, 64),
-    0: Config(32, 256, 4, 64),
+CONFIGS: dict[Key, Config] = {
+    (4,): Config(32, 256, 16, 4, 5),
+    (2,): Config(32, 256, 16, 4, 5),
+    (1,): Config(32, 256, 64, 4, 5),
+    (0,): Config(32, 256, 64, 4, 5),
 }
 BLOCKS = 264  # two for each processor of an H200: weights with fewer are cut into parts, …
 LEAST_STEPS = 4  # … which are no shorter, or they end before their loads are under way
@@ -238,7 +240,7 @@ def _launch(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     values, scales = (weight, None) if isinstance(weight, Tensor) else weight
     int4, inner, out = isinstance(weight, Int4Weight), rows.shape[1], len(values)
-    config = CONFIGS[0 if int4 else values.element_size()]
+    config = configured(CONFIGS, x.device, 0 if int4 else values.element_size())
     group = 0 if scales is None or scales.shape[1] == 1 else inner // scales.shape[1]
     if int4 and not group:
         group = inner
@@ -252,6 +254,7 @@ def _launch(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     parts, steps = _parts(columns, triton.cdiv(inner, 2 * block if int4 else block))
     partial = rows.new_empty((parts, len(rows), out) if parts > 1 else 0, dtype=torch.float32)
     tile = (max(16, triton.next_power_of_2(len(rows))), config.columns, block)
+    config = config._replace(stages=_stages(x, values, tile, config.stages))
     launch(
         _linear, (columns, parts), rows,
         values.view(torch.uint8) if isinstance(weight, Fp8Weight) else values.contiguous(),
@@ -259,7 +262,7 @@ def _launch(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         1 if scales is None else scales.shape[1], parts, steps,
         GROUP=group, INT4=int4, MASKED=not group and inner % block != 0, CUT=parts > 1,
         **dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile)),
-        num_warps=config.warps, num_stages=_stages(x, values, tile),
+        **runs(config),
     )  # fmt: skip
     return y.view(*x.shape[:-1], out)
 
@@ -277,12 +280,12 @@ def _block_k(run: int, x: Tensor, most: int) -> int:
     return min(most, run & -run) if run else most
 
 
-def _stages(x: Tensor, values: Tensor, tile: tuple[int, int, int]) -> int:
+def _stages(x: Tensor, values: Tensor, tile: tuple[int, int, int], most: int) -> int:
     """As many tiles on their way as let two blocks share a processor."""
     m, n, k = tile
     bytes_ = k * (m * x.element_size() + n * values.element_size())
     room = SHARED.get(describe(x.device).arch, SHARED[90]) // 2
-    return max(2, min(5, room // bytes_))
+    return max(2, min(most, room // bytes_))
 
 
 def _trial(probe: Probe) -> Iterator[Call]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import Call, Kernel, Probe, launch, tl, triton
+from kernels.config import Config, Key, configured, runs
 
 WIDEST = 1 << 16  # a row has to fit into a program's registers
 
@@ -87,12 +88,14 @@ def _norm(
     tl.store(y + at, found.to(y.dtype.element_ty), inside)
 
 
-def _tile(width: int) -> tuple[int, int, int]:
-    """-> rows and columns of a tile, warps. Half a thousand numbers a warp are two loads of 16
-    bytes a lane; narrow rows (one head) share a program."""
-    columns = triton.next_power_of_2(width)
-    rows = max(1, 1024 // columns)
-    return rows, columns, min(16, max(1, rows * columns // 512))
+# By the width of a row, rounded up: numbers a program takes, if they are more than a row's. Half a
+# thousand numbers a warp are two loads of 16 bytes a lane; narrow rows (one head) share a program.
+CONFIGS: dict[Key, Config] = {
+    (1024,): Config(1024, 2),
+    (2048,): Config(2048, 4),
+    (4096,): Config(4096, 8),
+    (8192,): Config(8192, 16),
+}
 
 
 def _launch(
@@ -108,7 +111,9 @@ def _launch(
     y = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     width = x.shape[-1]
-    rows, columns, warps = _tile(width)
+    columns = triton.next_power_of_2(width)
+    config = configured(CONFIGS, x.device, min(max(columns, 1024), 8192))
+    rows = max(1, config.block // columns)
     if count := x.numel() // width:
         launch(
             _norm,
@@ -126,7 +131,7 @@ def _launch(
             RMS=rms,
             ROWS=rows,
             WIDTH=columns,
-            num_warps=warps,
+            **runs(config),
         )
     return y, total
 

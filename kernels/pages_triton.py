@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import describe, launch, tl, triton
+from kernels.config import Config, Key, configured, runs
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -147,8 +148,10 @@ def _copy(
         tl.store(scales + target + t, tl.load(scales + source + t, mask=there), mask=there)
 
 
-HEADS_A_BLOCK = 8  # 1024 channels of 128: two 16-byte loads a thread of two warps
-BYTES_A_BLOCK = 16384
+CONFIGS: dict[Key, Config] = {
+    ("store",): Config(8, 2),  # heads: 1024 channels of 128, two 16-byte loads a thread
+    ("copy",): Config(16384, 4),  # bytes
+}
 
 
 def store_triton(
@@ -177,15 +180,16 @@ def store_triton(
     if table is not None or query_norm is not None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     kv_heads = 0 if keys is None else keys.shape[1]
-    blocks = -(-heads // HEADS_A_BLOCK) if out is not None else 0
-    blocks += 2 * -(-kv_heads // HEADS_A_BLOCK)
+    config = configured(CONFIGS, query.device, "store")
+    blocks = -(-heads // config.block) if out is not None else 0
+    blocks += 2 * -(-kv_heads // config.block)
     launch(
         _store, (tokens, blocks), query, key, value, out, keys, values, key_scales, value_scales,
         query.stride(0), key.stride(0) if key is not None else 0,
         value.stride(0) if value is not None else 0, slots, table, at, query_norm, key_norm, eps,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, PADDED=_power(dim),
         PAIRS=0 if table is None else table.shape[1] // 2, INTERLEAVED=interleaved,
-        PAGE=0 if keys is None else keys.shape[2], BLOCK=HEADS_A_BLOCK, num_warps=2,
+        PAGE=0 if keys is None else keys.shape[2], BLOCK=config.block, **runs(config),
     )  # fmt: skip
     return query if out is None else out
 
@@ -200,11 +204,12 @@ def copy_pages_triton(cache: Tensor, copies: Tensor, scales: Tensor | None = Non
     layers, _, pages, heads, page, dim = cache.shape
     words = dim * cache.element_size() // 4
     padded = _power(words)
-    block = min(_power(heads * page), BYTES_A_BLOCK // (4 * padded))
+    config = configured(CONFIGS, cache.device, "copy")
+    block = min(_power(heads * page), config.block // (4 * padded))
     grid = copies.shape[0], layers * 2, -(-heads * page // block)
     launch(
         _copy, grid, cache.view(torch.int32), scales, copies, pages,
-        HEADS=heads, PAGE=page, WORDS=words, PADDED=padded, BLOCK=block, num_warps=4,
+        HEADS=heads, PAGE=page, WORDS=words, PADDED=padded, BLOCK=block, **runs(config),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import Call, Kernel, Probe, launch, tl, triton
+from kernels.config import Config, Key, configured, runs
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -61,15 +62,19 @@ def _penalise(
     tl.store(y + row * size + id, x, inside)
 
 
+CONFIGS: dict[Key, Config] = {("penalise",): Config(1024, 4)}  # logits a program
+
+
 def _launch(
     logits: Tensor, counts: Tensor, slots: Tensor, penalties: Tensor, masks: Tensor, masked: Tensor
 ) -> Tensor:
     logits, y = logits.contiguous(), torch.empty_like(logits)
     rows, size = logits.shape
     if rows:
+        config = configured(CONFIGS, logits.device, "penalise")
         launch(
-            _penalise, (rows, triton.cdiv(size, 1024)), logits, counts, slots, penalties,
-            masks, masked, y, size, masks.shape[1], BLOCK=1024,
+            _penalise, (rows, triton.cdiv(size, config.block)), logits, counts, slots, penalties,
+            masks, masked, y, size, masks.shape[1], BLOCK=config.block, **runs(config),
         )  # fmt: skip
     return y
 

@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 
 from kernels.backend import launch, tl, triton
+from kernels.config import Config, Key, configured, runs
 
 UNIT = tl.constexpr(float(1 << 40))  # the greatest weight
 FAINT = tl.constexpr(27.8)  # exp(−27.8) · 2⁴⁰ < 1: who is so far below the greatest weighs nothing
-TILE = 2048  # logits of a part, and of a row at once: in `_sample` more would spill on sm_120
+CONFIGS: dict[Key, Config] = {
+    ("part",): Config(2048, 4),  # logits: in `_sample` more would spill on sm_120
+    ("draw",): Config(0, 8, 3),  # as many at once as a part has
+}
+STAGES = tl.constexpr(CONFIGS["draw",].stages)  # loops without a product must be told themselves
 EDGES = tl.constexpr(8)  # the last is no edge: all of the row
 
 
@@ -62,7 +67,7 @@ def _cut(
     lows = tl.full([BLOCK], infinity, tl.float32)
     highs = tl.full([BLOCK], -infinity, tl.float32)
     counts = tl.zeros([BLOCK], tl.int64)
-    for at in tl.range(0, size, BLOCK, num_stages=3):
+    for at in tl.range(0, size, BLOCK, num_stages=STAGES):
         s, w = _scores(logits, at, size, top, inverse, floor, lightest, mean, NEAR, BLOCK)
         lows = tl.minimum(lows, tl.where(s > -infinity, s, infinity))
         highs = tl.maximum(highs, s)
@@ -79,7 +84,7 @@ def _cut(
         a1, a2, a3 = (tl.zeros([BLOCK], tl.int64),) * 3
         lows = tl.full([BLOCK], infinity, tl.float32)
         highs = tl.full([BLOCK], -infinity, tl.float32)
-        for at in tl.range(0, size, BLOCK, num_stages=3):
+        for at in tl.range(0, size, BLOCK, num_stages=STAGES):
             s, w = _scores(logits, at, size, top, inverse, floor, lightest, mean, NEAR, BLOCK)
             counted = tl.full([BLOCK], 1, tl.int64) if COUNT else w
             a1 += tl.where(s > p1, counted, 0)
@@ -111,7 +116,7 @@ def _total(
 ):  # fmt: skip
     """Σ w of what is kept of begin … end."""
     total = tl.zeros([BLOCK], tl.int64)
-    for at in tl.range(begin, end, BLOCK, num_stages=3):
+    for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
         x = _load(logits, at, size, BLOCK)
         w = _weigh(x, top, inverse)
         total += tl.where(_kept(x, w, top, inverse, floor, lightest, mean, near), w, 0)
@@ -122,7 +127,7 @@ def _total(
 def _mean(logits, size, top, inverse, floor, lightest, BLOCK: tl.constexpr):
     """Σ w·z / Σ w of what is kept, z = log w up to rounding."""
     total, moment = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.float64)
-    for at in tl.range(0, size, BLOCK, num_stages=3):
+    for at in tl.range(0, size, BLOCK, num_stages=STAGES):
         x = _load(logits, at, size, BLOCK)
         w = _weigh(x, top, inverse)
         kept = (x >= floor) & (w >= lightest)
@@ -327,32 +332,34 @@ def _draw(
 def launch_sample(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
     logits, settings = logits.contiguous(), settings.contiguous()
     rows, size = logits.shape
-    parts = triton.cdiv(size, TILE)
+    part, draw = (configured(CONFIGS, logits.device, kind) for kind in ("part", "draw"))
+    block = part.block
+    parts = triton.cdiv(size, block)
     tokens, ids, firsts, counts, picked, tops, values, masses = (
         torch.empty(rows, *shape, dtype=dtype, device=logits.device)
         for shape, dtype in (
             ((), torch.int64),
-            ((TILE,), torch.int32),
+            ((block,), torch.int32),
             ((parts,), torch.int32),
             ((parts, EDGES.value), torch.int32),
             ((), torch.int32),
             ((parts,), torch.float32),
-            ((TILE,), torch.float32),
+            ((block,), torch.float32),
             ((parts, EDGES.value), torch.int64),
         )
     )
     if not rows:
         return tokens
-    sizes = {"PARTS": triton.next_power_of_2(parts), "BLOCK": TILE}
+    sizes = {"PARTS": triton.next_power_of_2(parts), "BLOCK": block}
     grid = rows, parts
-    launch(_tops, grid, logits, tops, firsts, size, BLOCK=TILE, num_warps=4)
-    launch(_weights, grid, logits, settings, tops, masses, counts, size, **sizes, num_warps=4)
+    launch(_tops, grid, logits, tops, firsts, size, BLOCK=block, **runs(part))
+    launch(_weights, grid, logits, settings, tops, masses, counts, size, **sizes, **runs(part))
     launch(
         _pick, grid, logits, settings, tops, masses, counts, picked, values, ids, size,
-        **sizes, num_warps=4,
+        **sizes, **runs(part),
     )  # fmt: skip
     launch(
         _sample, (rows,), logits, bits, settings, tops, firsts, masses, picked, values, ids, tokens,
-        size, parts, **sizes, num_warps=8,
+        size, parts, **sizes, **runs(draw),
     )  # fmt: skip
     return tokens

@@ -17,11 +17,15 @@ from torch import Tensor
 
 from kernels import native
 from kernels.backend import Call, Kernel, Probe, launch, tl, triton
+from kernels.config import Config, Key, configured, runs
 
 Top = tuple[Tensor, Tensor, Tensor, Tensor]
 Way = Callable[[Tensor, int, Tensor | None, bool], Top]
 
-PART = 4096  # logits of a part: 16 keys a thread stay in registers, 32 parts of 131k ids
+CONFIGS: dict[Key, Config] = {
+    ("part",): Config(4096, 8),  # logits: 16 keys a thread stay in registers, 32 parts of 131k ids
+    ("merge",): Config(0, 4),  # all that the parts have left
+}
 MOST = 128  # more than so many best are torch's to sort: the API lists 20, beams 2 to 3 a beam
 
 
@@ -78,12 +82,12 @@ def _score(key):
 
 
 @triton.jit
-def _part(logits, chosen, keys, sums, above, size, K: tl.constexpr, PART: tl.constexpr):
+def _part(logits, chosen, keys, sums, above, size, K: tl.constexpr, BLOCK: tl.constexpr):
     """keys [m, parts, K], sums [m, parts, 2]: the greatest logit and Σ exp of what is below it,
     above [m, parts]: how many beat the chosen id."""
     row = tl.program_id(0).to(tl.int64)
     part = row * tl.num_programs(1) + tl.program_id(1)
-    id = tl.program_id(1) * PART + tl.arange(0, PART)
+    id = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits + row * size + id, id < size, other=-float("inf"))
     top = tl.max(x)
     total = tl.sum(tl.where(x == -float("inf"), 0.0, tl.exp(x - top)))
@@ -131,7 +135,8 @@ def _launch(logits: Tensor, k: int, chosen: Tensor | None = None, normalise: boo
     if k > MOST:
         return top_logprobs_reference(logits, k, chosen, normalise)
     logits = logits.contiguous()
-    (rows, size), parts = logits.shape, triton.cdiv(logits.shape[1], PART)
+    part, merge = (configured(CONFIGS, logits.device, kind) for kind in ("part", "merge"))
+    (rows, size), parts = logits.shape, triton.cdiv(logits.shape[1], part.block)
     most = triton.next_power_of_2(k) if k else 0  # few variants, or each k compiles its own
     keys = torch.empty(rows, parts, most, dtype=torch.int64, device=logits.device)
     sums = logits.new_empty(rows, parts, 2)
@@ -141,12 +146,12 @@ def _launch(logits: Tensor, k: int, chosen: Tensor | None = None, normalise: boo
     if rows:
         launch(
             _part, (rows, parts), logits, chosen, keys, sums, above, size,
-            K=most, PART=PART, num_warps=8,
+            K=most, BLOCK=part.block, **runs(part),
         )  # fmt: skip
         launch(
             _merge, (rows,), logits, chosen, keys, sums, above, values, ids, logprob, rank,
             size, parts, NORMALISE=normalise, K=most, PARTS=triton.next_power_of_2(parts),
-            KEYS=triton.next_power_of_2(max(1, parts * most)), num_warps=4,
+            KEYS=triton.next_power_of_2(max(1, parts * most)), **runs(merge),
         )  # fmt: skip
     values, ids = values[:, :k], ids[:, :k]
     if chosen is None:

@@ -9,6 +9,7 @@ import torch
 import kernels
 from kernels import backend
 from kernels.backend import KERNELS, Probe, call, differs, pretend
+from kernels.config import Config, Key, configured, runs
 from tests.kernels.aot import DEVICES, compile_all, launches
 from tests.kernels.variants import CPU, variants
 
@@ -52,6 +53,26 @@ def test_no_kernel_falls_back_on_a_gpu(name: str) -> None:
                 before = len(kept)
                 KERNELS[name](*trial.args, **trial.kwargs)
                 assert len(kept) > before, f"{name} launched nothing for {trial}"
+
+
+@pytest.mark.parametrize("name", sorted(KERNELS))
+@pytest.mark.parametrize("arch", DEVICES)
+def test_every_launch_is_configured(name: str, arch: int) -> None:
+    """By its table: what a launch does not say, Triton's next version may choose otherwise."""
+    for probe in variants(name).probes:
+        for made in launches(KERNELS[name], probe, arch):
+            assert {"num_warps", "num_stages"} <= made.options.keys(), made
+
+
+def test_an_architecture_may_have_a_line_of_its_own() -> None:
+    lines: dict[Key, Config] = {("gate",): Config(1024, 4), (90, "gate"): Config(2048, 8)}
+    for arch, device in DEVICES.items():
+        with pretend(device):
+            found = configured(lines, CPU, "gate")
+        assert found == lines[(90, "gate") if arch == 90 else ("gate",)]
+        assert runs(found) == {"num_warps": found.warps, "num_stages": 1}
+    with pytest.raises(KeyError):
+        configured(lines, CPU, "activate")
 
 
 @pytest.mark.interpreter

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend, native, sampling, sampling_triton
+from kernels.config import Config
 from kernels.sampling import branch_key, keep, uniform_bits
 from tests.kernels.poison import poisoned
 
@@ -188,7 +189,7 @@ def test_parts_change_no_draw() -> None:
     drawn = []
     for tile in (64, 256):
         with (
-            patch.object(sampling_triton, "TILE", tile),
+            patch.dict(sampling_triton.CONFIGS, {("part",): Config(tile, 4)}),
             patch.object(sampling_triton, "launch", keep),
             poisoned(),
         ):
