@@ -141,10 +141,10 @@ def parse(
     def unknown(name: str, path: str, of: type[BaseModel]) -> None:
         near = difflib.get_close_matches(name[:SHOWN], of.model_fields, 1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        error = UnknownField(f"There is no field {path[:SHOWN]!r}{hint}", path[:SHOWN])
+        said = f"There is no field {path[:SHOWN]!r}{hint}"
         if not lenient:
-            raise error
-        warnings.append(error.message)
+            raise UnknownField(said, path[:SHOWN])  # a name for it would be a cycle
+        warnings.append(said)
 
     try:
         return kind.model_validate(_known(kind, asked, "", unknown), context=bounds), warnings

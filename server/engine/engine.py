@@ -13,11 +13,12 @@ from server.engine.pages import Pages
 from server.engine.request import Event, Request, Stats
 from server.engine.scheduler import Scheduler, wordless
 from server.engine.text import Text
-from server.errors import KvistError
+from server.errors import KvistError, OutOfMemory, StepFailed
 
 log = logging.getLogger(__name__)
 
 FATAL = ("CUDA error", "NCCL error")  # a device that says so says it for ever
+NO_MEMORY = ("out of memory", "t allocate memory")  # torch, of a GPU and of a CPU
 FAILURES = 64  # steps in a row that may raise; more are nobody's request's doing
 
 
@@ -93,7 +94,7 @@ class Engine:
                 log.exception("A step failed after another")
         self._flying.clear()
         self._broken = False
-        return self.scheduler.failed(type(error).__name__)
+        return self.scheduler.failed(_blame(error))
 
     @property
     def idle(self) -> bool:
@@ -102,6 +103,15 @@ class Engine:
     @property
     def stats(self) -> Stats:
         return self.scheduler.stats
+
+
+def _blame(error: Exception) -> KvistError:
+    """What a request is told that makes steps raise."""
+    if isinstance(error, MemoryError) or any(word in str(error) for word in NO_MEMORY):
+        return OutOfMemory(
+            "A step with this request takes more memory than there is: ask for less."
+        )
+    return StepFailed(f"A step raised twice: {type(error).__name__}.")
 
 
 def _nothing(tokens: int) -> None: ...

@@ -21,8 +21,9 @@ from hashlib import sha256
 
 
 def root(salt: str) -> bytes:
-    """Where the chain of a prompt under this salt begins."""
-    return sha256(salt.encode("utf-8", "surrogatepass")).digest()
+    """Where the chain of a prompt under this salt begins. Hashed twice: what `link` hashes is
+    longer than a digest, so no salt, which clients choose, can be the bytes of a page."""
+    return sha256(sha256(salt.encode("utf-8", "surrogatepass")).digest()).digest()
 
 
 def link(parent: bytes, tokens: Iterable[int]) -> bytes:

@@ -35,7 +35,7 @@ from server.engine.reader import Reader
 from server.engine.request import Event, Finish, Request, Stats
 from server.engine.rows import Rows, Step
 from server.engine.text import Silent, Text
-from server.errors import Duplicate, KvistError, NumericalError, StepFailed
+from server.errors import Duplicate, KvistError, NumericalError
 
 ANY = 2**31 - 1  # ids, if nobody says how many there are
 
@@ -364,7 +364,7 @@ class Scheduler:
             self._outbox.choice(group, index).finish = "length"
         self._end(group, "length")
 
-    def failed(self, reason: str) -> list[Event]:
+    def failed(self, why: KvistError) -> list[Event]:
         """The oldest step in flight raised: what it and those after it computed is not used.
 
         Everyone waits again. Those who were in it are suspects until something good comes of them,
@@ -377,7 +377,7 @@ class Scheduler:
         self._stats.retries += 1
         present = steps[0].groups()
         if self._suspect in present:
-            self._end(self._suspect, "error", StepFailed(f"A step raised twice: {reason}."))
+            self._end(self._suspect, "error", why)
         else:
             for group in present:
                 group.suspect = True

@@ -4,16 +4,32 @@ T47 and T82 are of several machines and are shown with them.
 """
 
 import ast
+import base64
 import gc
+import importlib
 import json
+import os
+import pickle
+import re
+import signal
+import socket
+import struct
+import sys
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 
-from tests.server.rig import Rig, running
+from model.batch import Batch, Output
+from server.config import Settings
+from server.engine.pages import link, root
+from server.errors import from_code
+from tests.server.rig import Rig, read_all, running
 from tests.server.test_api_http import COMPLETION, call, check_error, events, until
+from tests.server.test_scheduler import Bench, Recorder
 
 TESTS = Path(__file__).parents[1]
 
@@ -192,6 +208,187 @@ def test_requests_leave_no_garbage(rig: Rig) -> None:
         gc.enable()
         gc.garbage.clear()
     assert not ours, {type(one).__qualname__ for one in ours}
+
+
+# Regular expressions that read what strangers wrote, each with texts made to be slow
+PATTERNS: dict[str, list[str]] = {
+    "server/api/body.py": ["\\u", "\\ud", "\\", "d8"],
+    "server/api/door.py": [":", ":1", "1", "a.", "-"],
+    "server/traces.py": ["00-", "0", "0-"],
+    "model/chat.py": ["\ue000", "\ue000a", "\ue001", "a"],
+    "model/spelling.py": ["<0x", "<0x0", "<"],
+}
+NOT_THEIRS = {  # and those that read settings, a model's files, or this machine
+    "server/config.py", "server/engine/build.py", "model/bytepairs.py", "model/family.py",
+    "model/checkpoint.py", "model/manifest.py", "model/device.py",
+}  # fmt: skip
+
+
+def _calls(path: Path) -> list[ast.Call]:
+    """Uses of the module re, and their literal patterns."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return [node for node in nodes if ast.unparse(node.func).startswith("re.")]
+
+
+def test_every_regular_expression_is_known() -> None:
+    """T10: whose text it reads is written down before it is used."""
+    root = TESTS.parent
+    files = [*root.glob("server/**/*.py"), *root.glob("model/*.py"), *root.glob("kernels/*.py")]
+    found = {str(path.relative_to(root)) for path in files if _calls(path)}
+    assert found == set(PATTERNS) | NOT_THEIRS
+
+
+@pytest.mark.parametrize("file", PATTERNS)
+def test_crafted_text_costs_linear_time(file: str) -> None:
+    """T10: a megabyte of each; a search that looks twice at every pair of places takes hours."""
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    compiled = [one for one in vars(module).values() if isinstance(one, re.Pattern)]
+    arguments = [call.args[0] for call in _calls(TESTS.parent / file)]
+    literals = [ast.literal_eval(one) for one in arguments if isinstance(one, ast.Constant)]
+    for pattern in [*compiled, *(re.compile(one) for one in literals)]:
+        for part in PATTERNS[file]:
+            text = part * (10**6 // len(part)) + "!"
+            subject: Any = text.encode() if isinstance(pattern.pattern, bytes) else text
+            for _ in pattern.finditer(subject):
+                pass
+            pattern.fullmatch(subject)
+
+
+@pytest.mark.parametrize("count", [50_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+def test_crafted_blocks_never_meet(count: int) -> None:
+    """T54: tokens that Python hashes alike, other parents, other salts, other borders."""
+    modulus = sys.hash_info.modulus  # hash(i) == i % modulus, and of tuples it is mixed from those
+    assert hash(1) == hash(1 + modulus)
+    roots = [root(salt) for salt in ("", "a", "\0", "a\0")]
+    seen = {
+        link(parent, (i % 7, i // 7, -1 - (i & 1)))  # and hash(-1) == hash(-2)
+        for i in range(count // 4)
+        for parent in roots
+    }
+    assert hash((0, 0, -1)) == hash((0, 0, -2))
+    assert len(seen) == 4 * (count // 4)
+    assert root("") != link(root(""), ()) != link(link(root(""), ()), ())
+
+
+def test_no_salt_is_a_page() -> None:
+    """T54: a salt is a client's to choose, even so that it spells a digest and some tokens."""
+    parent = b"p" * 32  # a digest that happens to be text
+    spelled = parent + array("i", [65, 66]).tobytes()
+    assert root(spelled.decode()) != link(parent, [65, 66])
+    assert root(parent.decode()) != link(parent, [])
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    ],
+)
+def test_a_step_without_memory_fails_who_needs_it(says: str) -> None:
+    """T68: with 503; the engine lives, the others get what they would, nothing is left behind."""
+
+    class Small(Recorder):
+        def launch(self, batch: Batch) -> Callable[[], Output]:
+            if 60 in batch.tokens.tolist():
+                raise RuntimeError(says)
+            return super().launch(batch)
+
+    bench = Bench()
+    bench.engine._executor = Small(256, 4)
+    good = [bench.submit(1, 2, i, max_tokens=6) for i in range(4)]
+    bench.step()
+    bad = bench.submit(60, 3, 4)
+    event = bench.finish()[bad.id]
+    assert (event.code, event.done) == ("out_of_memory", True)
+    assert from_code(event.code, "").status == 503
+    assert all(bench.right(request) for request in good)
+    assert bench.pages.live == 0
+
+
+def test_only_what_is_told_reads_the_wall_clock() -> None:
+    """T76: an answer's `created`, a span's times, a template's date; no timeout, no rate."""
+    told = {"server/api/generate.py", "server/traces.py", "server/serve.py", "model/sandboxed.py"}
+    found = set()
+    for path in [*TESTS.parent.glob("server/**/*.py"), *TESTS.parent.glob("model/*.py")]:
+        text = path.read_text()
+        if re.search(r"\btime\.time(_ns)?\(|datetime\.now|\butcnow\(", text):
+            found.add(str(path.relative_to(TESTS.parent)))
+    assert found == told
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"1;" + b"x" * (8 << 20) + b"\r\n{\r\n0\r\n\r\n",  # one endless chunk extension
+        b"1;x\r\n \r\n" * 1000 + b"0\r\n" + b"x: y\r\n" * 100_000 + b"\r\n",  # trailers
+        b"f" * 32 + b"\r\n",
+        b"0" * (8 << 20),
+    ],
+)
+def test_chunks_have_no_endless_frames(rig: Rig, bomb: bytes) -> None:
+    """T21: what stands around a body's bytes is bounded as its head is."""
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    before = _resident()
+    data = rig.raw(head + b"transfer-encoding: chunked\r\n\r\n" + bomb)
+    assert not data or re.match(rb"HTTP/1.1 4\d\d ", data)
+    assert _resident() - before < 64 << 20
+    assert call(rig, "/health/live")[0] == 200
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_client_that_leaves_in_its_body_leaves_nothing(rig: Rig, reset: bool) -> None:
+    """T15, T30: a body that ends too early, with a FIN or with a reset, is nobody's request."""
+    seen = len(rig.engine.seen)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with rig.connect() as one:
+        one.sendall(f'{head}content-length: 100\r\n\r\n{{"prompt": "x"'.encode())
+        until(lambda: len(rig.server.server_state.connections) == 1)
+        if reset:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    until(lambda: not rig.server.server_state.connections)
+    until(lambda: not rig.front.running)
+    assert len(rig.engine.seen) == seen
+
+
+def test_a_pickle_is_a_text(rig: Rig, tmp_path: Path) -> None:
+    """T43: what would run when unpickled is refused by its field's name, or is never looked at."""
+    canary = tmp_path / "canary"
+    raw = base64.b64encode(pickle.dumps(_Bomb(canary))).decode()
+    for field in ("prompt_embeds", "logits_processors", "guided_json", "cache_salt", "user"):
+        status, _, body = call(rig, "/v1/completions", COMPLETION | {field: raw})
+        assert status == (200 if field in ("cache_salt", "user") else 400), body
+    assert not canary.exists()
+    pickle.loads(base64.b64decode(raw))
+    assert canary.exists(), "the bomb is none"
+
+
+class _Bomb:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self._path,)
+
+
+def test_a_second_signal_ends_a_drain() -> None:
+    """T66: the first waits for who is served, the second for nobody."""
+    with running(Settings(shutdown_timeout=600)) as rig:
+        rig.engine.delay = 0.02
+        with rig.connect() as one:
+            asked = json.dumps(COMPLETION | {"max_tokens": 4000, "stream": True}).encode()
+            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(asked)}\r\n"
+            one.sendall(f"{head}content-type: application/json\r\n\r\n".encode() + asked)
+            data = one.recv(100)
+            rig.server.handle_exit(signal.SIGTERM, None)
+            until(lambda: rig.front.closed)
+            rig.server.handle_exit(signal.SIGTERM, None)
+            data += read_all(one)
+        assert b'"code":"draining"' in data
 
 
 def _leave(rig: Rig, body: dict[str, Any]) -> None:
