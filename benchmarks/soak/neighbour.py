@@ -1,0 +1,54 @@
+"""How long a client waits for eight tokens, again and again, while others do what they do; from a
+process of its own, so that what it waits for is the server and not the load's own Python."""
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+from benchmarks.served import HEAD, Served
+
+TOKENS = 8
+
+
+def ask(port: int) -> None:
+    body = {"prompt": "Once upon a time", "stream": True, "temperature": 0, "max_tokens": TOKENS}
+    raw = json.dumps(body).encode()
+    head = f"{HEAD}content-length: {len(raw)}\r\nconnection: close\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as one:
+        one.sendall(head.encode() + raw)
+        while one.recv(1 << 16):
+            pass
+
+
+def visit(port: int) -> None:
+    """Ask over and over, and print how long each answer took."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    while True:
+        began = time.monotonic()
+        with suppress(OSError):
+            ask(port)
+            print(time.monotonic() - began, flush=True)
+        time.sleep(0.02)
+
+
+@asynccontextmanager
+async def neighbour(one: Served) -> AsyncIterator[list[float]]:
+    """A list that is filled at the end."""
+    command = [sys.executable, "-m", "benchmarks.soak.neighbour", str(one.port)]
+    visitor = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    seen: list[float] = []
+    try:
+        yield seen
+    finally:
+        visitor.terminate()
+        told, _ = await visitor.communicate()
+        seen += map(float, told.split())
+
+
+if __name__ == "__main__":
+    visit(int(sys.argv[1]))
