@@ -38,6 +38,10 @@ from server.engine.text import Silent, Text
 from server.errors import Duplicate, KvistError, NumericalError
 
 ANY = 2**31 - 1  # ids, if nobody says how many there are
+BAD = (
+    "The model's output is not a number, or what it may say leaves no token: look at bad_words,"
+    " allowed_token_ids and logit_bias."
+)
 
 
 def wordless(request: Request) -> Text:
@@ -323,7 +327,7 @@ class Scheduler:
         reader = Reader(step, output, self._outbox, self._stats)
         for group in reader.bad():
             self._stats.nan_rows += 1
-            self._end(group, "error", NumericalError("The model's output is not a number."))
+            self._end(group, "error", NumericalError(BAD))
         reader.scores()
         ended, grown = reader.samples(), reader.beams()
         for branch, end in step.rows:

@@ -355,3 +355,36 @@ def test_words_that_cannot_be_said_ban_nothing(pairs: list[Pair]) -> None:
     free = Request(id="2", prompt=[1, 3], max_tokens=5, sampling=Sampling(temperature=0))
     found = run(engine, [request, free])
     assert found["1"].choices[0].tokens == found["2"].choices[0].tokens
+
+
+class Dead:
+    """Two tokens, and then none."""
+
+    def __init__(self, said: int = 0) -> None:
+        self.said = said
+
+    def allowed(self) -> Ints | None:
+        return packed(np.zeros(VOCABULARY, bool)) if self.said == 2 else None
+
+    def push(self, token: int) -> None:
+        self.said += 1
+
+    def fork(self) -> "Dead":
+        return Dead(self.said)
+
+
+def test_where_no_token_is_left_a_draw_fails_and_beams_answer_as_they_stand(
+    pairs: list[Pair],
+) -> None:
+    engine = engine_of(pairs[0][1], lambda request: Dead() if request.id != "free" else None)
+    sampling = Sampling(temperature=0)
+    requests = [
+        Request(id="drawn", prompt=[1, 3], max_tokens=9, sampling=sampling),
+        Request(id="free", prompt=[1, 3], max_tokens=9, sampling=sampling),
+        Request(id="beams", prompt=[1, 3], max_tokens=9, n=3, beams=Beams(width=3)),
+    ]
+    found = run(engine, requests)
+    assert "leaves no token" in (found["drawn"].error or "")
+    assert len(found["free"].choices[0].tokens) == 9
+    assert found["beams"].error is None
+    assert [len(choice.tokens) for choice in found["beams"].choices] == [2] * 3
