@@ -43,17 +43,23 @@ SHOWN = {
     "T07": "server/test_api_fields::test_what_is_not_served_is_said",
     "T08": "server/test_api_fields::test_what_is_not_served_is_said",
     "T09": "server/test_rows::test_thousands_of_schemas_leave_nothing",
-    "T10": "server/test_text::test_a_stop_made_to_be_slow_costs_linear_time",
+    "T10": "server/test_text::test_a_stop_made_to_be_slow_costs_linear_time"
+    " server/test_rows::test_every_regular_expression_is_known"
+    " server/test_rows::test_crafted_text_costs_linear_time"
+    " model/test_tokenizer::test_a_megabyte_of_any_letter",
     "T11": "server/test_api_chat::test_templates_of_a_request_and_their_variables_are_kept_out"
     " model/test_chat::test_a_template_that_would_never_end_is_ended",
     "T12": "server/test_api_fields::test_prompts"
     " model/test_chat::test_special_tokens_in_messages_are_text",
     "T13": "server/test_api_http::test_bodies_that_are_refused",
     "T14": "server/test_api_http::test_only_plain_json_is_taken",
-    "T15": "server/test_api_http::test_a_body_too_large_is_refused_early",
-    "T16": "server/test_api_http::test_health_answers_while_a_monster_is_parsed",
+    "T15": "server/test_api_http::test_a_body_too_large_is_refused_early"
+    " server/test_rows::test_a_client_that_leaves_in_its_body_leaves_nothing",
+    "T16": "server/test_api_http::test_health_answers_while_a_monster_is_parsed"
+    " server/test_serve::test_health_answers_while_a_long_text_is_read",
     "T20": "server/test_listen::test_heads_have_a_size",
-    "T21": "server/test_listen::test_chunk_bombs",
+    "T21": "server/test_listen::test_chunk_bombs"
+    " server/test_rows::test_chunks_have_no_endless_frames",
     "T22": "server/test_api_http::test_only_plain_json_is_taken"
     " server/test_api_http::test_charset_and_range_are_harmless",
     "T23": "server/test_listen::test_what_two_readers_could_read_differently_gets_one_400",
@@ -69,6 +75,7 @@ SHOWN = {
     " server/test_scheduler::test_a_long_prompt_leaves_room_for_short_ones"
     " server/test_scheduler::test_the_newest_gives_way_and_after_three_times_nobody_can_move_it",
     "T34": "server/test_engine::test_any_mix_gives_what_each_gets_alone"
+    " benchmarks/test_isolation::test_hostile_neighbours_change_nothing"
     " server/test_simulation::test_nothing_is_violated",
     "T35": "server/test_api_fields::test_room_is_what_the_context_leaves"
     " server/test_scheduler::test_what_can_never_be_served_is_refused_with_the_reason",
@@ -80,7 +87,7 @@ SHOWN = {
     "T40": "server/test_api_chat::test_messages_that_are_refused",
     "T41": "server/test_contract::test_nothing_shipped_runs_what_strangers_send",
     "T42": "server/test_serve::test_only_the_port_listens",
-    "T43": "server/test_api_fields::test_what_is_not_served_is_said"
+    "T43": "server/test_rows::test_a_pickle_is_a_text"
     " server/test_contract::test_nothing_shipped_runs_what_strangers_send",
     "T44": "server/test_start::test_what_is_wrong_with_a_model_is_one_sentence"
     " model/test_weights::test_a_broken_folder_is_refused"
@@ -90,11 +97,12 @@ SHOWN = {
     "T46": "server/test_api_http::test_a_bug_is_a_500_that_says_nothing"
     " server/test_api_fuzz::test_a_thousand_mutations",
     "T48": "server/test_deploy::test_every_wheel_is_pinned_with_its_hash",
-    "T50": "server/test_api_http::test_every_route_but_the_probes_needs_a_key",
+    "T50": "server/test_api_http::test_no_trick_opens_a_door",
     "T51": "server/test_api_http::test_every_route_but_the_probes_needs_a_key",
-    "T52": "server/test_contract::test_keys_stay_secret",
+    "T52": "server/test_contract::test_keys_stay_secret server/test_serve::test_the_key_is_nowhere",
     "T53": "server/test_api_http::test_keys_do_not_share_pages",
-    "T54": "server/test_pages::test_parents_salts_and_borders_tell_prefixes_apart",
+    "T54": "server/test_pages::test_parents_salts_and_borders_tell_prefixes_apart"
+    " server/test_rows::test_crafted_blocks_never_meet server/test_rows::test_no_salt_is_a_page",
     "T55": "server/test_api_http::test_hosts",
     "T56": "server/test_api_http::test_docs_are_off_beyond_loopback",
     "T57": "server/test_serve::test_every_line_of_the_log_is_an_object"
@@ -103,14 +111,17 @@ SHOWN = {
     " server/test_serve::test_the_engine_comes_back",
     "T61": "server/test_process::test_a_hung_engine_is_not_ready_and_goes_on_when_it_comes_back"
     " server/test_process::test_one_that_hangs_too_long_is_replaced",
-    "T62": "server/test_process::test_the_engine_does_not_outlive_the_front",
-    "T63": "server/test_process::test_an_engine_that_dies_at_every_start_is_given_up",
+    "T62": "server/test_process::test_the_engine_does_not_outlive_the_front"
+    " server/test_faults::test_nothing_outlives_a_killed_front",
+    "T63": "server/test_process::test_an_engine_that_dies_at_every_start_is_given_up"
+    " server/test_faults::test_a_server_whose_engine_never_lives_gives_up",
     "T64": "server/test_api_http::test_a_drain_lets_running_answers_finish",
     "T65": "server/test_api_http::test_a_drain_has_an_end",
-    "T66": "server/test_serve::test_a_signal_during_loading_ends_it_at_once",
+    "T66": "server/test_serve::test_a_signal_during_loading_ends_it_at_once"
+    " server/test_rows::test_a_second_signal_ends_a_drain",
     "T67": "server/test_scheduler::test_a_failed_step_is_tried_again"
     " server/test_scheduler::test_who_makes_steps_fail_fails_alone",
-    "T68": "server/test_scheduler::test_a_failed_step_is_tried_again",
+    "T68": "server/test_rows::test_a_step_without_memory_fails_who_needs_it",
     "T69": "server/test_start::test_what_is_wrong_with_a_setting_is_one_sentence",
     "T70": "server/test_scheduler"
     "::test_numbers_that_are_none_fail_their_request_and_are_not_found_again",
@@ -120,10 +131,11 @@ SHOWN = {
     "T74": "server/test_text::test_a_stop_across_tokens_never_leaks_its_beginning"
     " server/test_text::test_the_stop_may_be_the_whole_output",
     "T75": "model/test_tokenizer::test_sixty_four_threads_share_a_tokenizer",
-    "T76": "server/test_simulation::test_nothing_is_violated",  # a wall clock that is read fails
-    "T77": "server/test_serve::test_a_closed_stderr_does_not_stop_it",
+    "T76": "server/test_simulation::test_nothing_is_violated"  # a wall clock that is read fails
+    " server/test_rows::test_only_what_is_told_reads_the_wall_clock",
+    "T77": "server/test_faults::test_logs_that_cannot_be_written_do_not_stop_it",
     "T78": "server/test_serve::test_a_taken_port_is_said_before_anything_is_loaded",
-    "T79": "server/test_serve::test_more_clients_than_files",
+    "T79": "server/test_faults::test_more_clients_than_files",
     "T80": "server/test_rows::test_requests_leave_no_garbage",  # and over time: soak, G10
     "T81": "server/test_api_http::test_metrics_have_vllms_names_and_a_fixed_number_of_series",
     "T83": "server/test_serve::test_equal_streams_at_once",  # a thousand: soak, G2

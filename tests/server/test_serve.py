@@ -4,14 +4,11 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -20,90 +17,10 @@ import pytest
 from openai import OpenAI
 
 from benchmarks.soak.starts import SETTINGS
+from tests.server.started import Process, alive, cmdline, free_port, run, until
 from tests.server.tiny import make
 
-FLAGS = ["--threads", "1", "--pages", "2048", "--log", "json", "--device", "cpu"]
-ENVIRON = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-class Process:
-    """A server of our own, by its pid."""
-
-    def __init__(self, *arguments: str, port: int | None = None) -> None:
-        self.port = port or free_port()
-        command = [sys.executable, "-m", "server", "serve", *arguments, "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            [*command, *FLAGS], stderr=subprocess.PIPE, text=True, env=ENVIRON
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line)
-
-    def get(self, path: str) -> int:
-        return get(self.port, path)
-
-    def wait_ready(self) -> None:
-        until(lambda: self.process.poll() is not None or self.get("/health/ready") == 200, 60)
-        assert self.process.poll() is None, "".join(self.lines)
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        return self.wait()
-
-    def wait(self, seconds: float = 30) -> int:
-        try:
-            status = self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise
-        self._reader.join(10)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        return status
-
-    @property
-    def children(self) -> list[int]:
-        tasks = Path(f"/proc/{self.process.pid}/task")
-        texts = [(task / "children").read_text() for task in tasks.iterdir()]
-        return [int(pid) for text in texts for pid in text.split()]
-
-
-def get(port: int, path: str) -> int:
-    """The status of a path; 0 when nobody listens."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    except ConnectionError:
-        return 0
-    finally:
-        connection.close()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def until(true: Any, seconds: float = 20) -> None:
-    tick, end = threading.Event(), time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never became true"
-        tick.wait(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
+KEY = "sk-of-the-tests-0123456789"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[Process]:
-    made = Process(str(folder))
+    keys = folder.parent / "keys"
+    keys.write_text(KEY)
+    made = Process(str(folder), "--api-keys", str(keys))
     made.wait_ready()
     yield made
     children = made.children
@@ -124,7 +43,7 @@ def running(folder: Path) -> Iterator[Process]:
 @pytest.fixture(scope="module")
 def client(running: Process) -> Iterator[Any]:
     url = f"http://127.0.0.1:{running.port}/v1"
-    with OpenAI(base_url=url, api_key="x", max_retries=0) as made:
+    with OpenAI(base_url=url, api_key=KEY, max_retries=0) as made:
         yield made
 
 
@@ -140,8 +59,12 @@ def test_every_line_of_the_log_is_an_object(running: Process) -> None:
     """T57: whatever is in the path, the id and the model's name."""
     for path in ("/%0d%0a%22evil%22", b"/\x1b[31m".hex(), "/%1b%5b31m"):
         running.get(path)
+    evil = 'a\r\n"}\x1b[31m\u2028{"level": "evil"'
+    for model, prompt in ((evil, "x"), ("tiny", evil)):
+        assert post(running, {"model": model, "prompt": prompt}, {"x-request-id": '"}{'})
     running.get("/version")
     until(lambda: any("/version" in line for line in running.lines))
+    assert not any("evil" in json.loads(line)["level"] for line in running.lines)
     for line in running.lines:
         told = json.loads(line)
         assert {"ts", "level", "msg"} <= set(told)
@@ -248,14 +171,49 @@ def test_only_the_port_listens(running: Process) -> None:
     assert listening == {f"0100007F:{running.port:04X}"}
 
 
+def post(running: Process, body: dict[str, Any], headers: dict[str, str] | None = None) -> int:
+    """The status of a completion."""
+    connection = HTTPConnection("127.0.0.1", running.port, timeout=60)
+    said = {"content-type": "application/json", "authorization": f"Bearer {KEY}"}
+    connection.request("POST", "/v1/completions", json.dumps(body), said | (headers or {}))
+    status = connection.getresponse().status
+    connection.close()
+    return status
+
+
+def test_health_answers_while_a_long_text_is_read(running: Process) -> None:
+    """T16: nearly 4 MiB of words, which a real tokenizer cuts."""
+    for word in ("word ", "a", "\u00e9\U0001f331 "):
+        text = word * (3_900_000 // len(json.dumps(word).encode()))
+        with ThreadPoolExecutor(1) as pool:
+            asked, slowest = pool.submit(post, running, {"prompt": text}), 0.0
+            while not asked.done():
+                began = time.monotonic()
+                assert running.get("/health/live") == 200
+                slowest = max(slowest, time.monotonic() - began)
+            assert asked.result() == 400
+        assert slowest < 1, word[:1]
+
+
+def test_the_key_is_nowhere(running: Process) -> None:
+    """T52: not among arguments or variables of any process, in no line of the log, no metric."""
+    assert post(running, {"prompt": "x", "max_tokens": 1}) == 200
+    assert post(running, {"prompt": "x"}, {"authorization": f"Bearer {KEY}x"}) == 401
+    assert post(running, {"prompt": KEY, "model": "none"}) == 404
+    for pid in [running.process.pid, *running.children]:
+        for name in ("cmdline", "environ"):
+            assert KEY.encode() not in Path(f"/proc/{pid}/{name}").read_bytes()
+    until(lambda: any('"status": 401' in line for line in running.lines))
+    assert not any(KEY in line for line in running.lines)
+    connection = HTTPConnection("127.0.0.1", running.port, timeout=10)
+    connection.request("GET", "/metrics", headers={"authorization": f"Bearer {KEY}"})
+    page = connection.getresponse().read()
+    connection.close()
+    assert b"vllm:" in page
+    assert KEY.encode() not in page
+
+
 # Starting and stopping
-
-
-def run(*arguments: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "server", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=ENVIRON, check=False, **more
-    )
 
 
 def test_a_taken_port_is_said_before_anything_is_loaded(running: Process) -> None:
@@ -315,53 +273,6 @@ def test_a_signal_during_loading_ends_it_at_once(folder: Path, number: int) -> N
 
 
 @pytest.mark.slow
-def test_a_closed_stderr_does_not_stop_it(folder: Path) -> None:
-    """T77"""
-    reads, writes = os.pipe()
-    os.close(reads)
-    port = str(free_port())
-    command = [sys.executable, "-m", "server", "serve", str(folder), "--port", port, *FLAGS]
-    with os.fdopen(writes, "wb") as nowhere:
-        made = subprocess.Popen(command, stderr=nowhere, env=ENVIRON)
-    try:
-        until(lambda: get(int(port), "/health/ready") == 200, 60)
-        assert [get(int(port), "/version") for _ in range(20)] == [200] * 20
-    finally:
-        made.terminate()
-    assert made.wait(30) == 0
-
-
-@pytest.mark.slow
-def test_more_clients_than_files(folder: Path) -> None:
-    """T79: those above are told so, and when the first have left there is room again."""
-    port = free_port()
-    command = [sys.executable, "-m", "server", "serve", str(folder), "--port", str(port), *FLAGS]
-    few = ["prlimit", "--nofile=256:256", "--", *command]
-    made = subprocess.Popen(few, stderr=subprocess.DEVNULL, env=ENVIRON)
-    try:
-        until(lambda: get(port, "/health/ready") == 200, 60)
-        with ExitStack() as stack:
-            held = [
-                stack.enter_context(socket.create_connection(("127.0.0.1", port), 10))
-                for _ in range(400)
-            ]
-            assert b"429" in held[-1].recv(200)
-            before = cpu(made.pid)
-            threading.Event().wait(1)
-            assert cpu(made.pid) - before < 0.9, "it spins"
-        until(lambda: get(port, "/health/ready") == 200)
-    finally:
-        made.terminate()
-    assert made.wait(60) == 0
-
-
-def cpu(pid: int) -> float:
-    """Seconds that a process has computed."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-@pytest.mark.slow
 def test_the_engine_comes_back(running: Process, client: Any) -> None:
     """T60, seen from outside: a stream that runs gets an error event, and then all is as before."""
     ask: dict[str, Any] = {"model": "tiny", "prompt": "Once", "temperature": 0}
@@ -375,7 +286,3 @@ def test_the_engine_comes_back(running: Process, client: Any) -> None:
             pass
     until(lambda: running.get("/health/ready") == 200, 60)
     assert client.completions.create(**ask, max_tokens=10).choices[0].text == before
-
-
-def cmdline(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
