@@ -3,14 +3,14 @@
 import random
 from collections import Counter
 from collections.abc import Callable
-from itertools import product
+from itertools import count, product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from model.batch import Ints
+from model.batch import Batch, Ints, Output
 from model.cache import Cache
 from model.decoder import Decoder
 from model.runner import Runner
@@ -18,7 +18,7 @@ from model.sampling import Sampling, packed
 from model.weights import load
 from server.engine.admission import Options
 from server.engine.engine import Engine
-from server.engine.masks import BadWords, Mask, follow
+from server.engine.masks import BadWords, Mask, boundless, follow
 from server.engine.pages import Pages
 from server.engine.request import Beams, Event, Request
 from tests.server.beam_oracle import VOCABULARY, Answer, generate, gpt2, llama
@@ -75,7 +75,7 @@ class Automaton:
 
 def engine_of(
     decoder: Decoder,
-    mask: Callable[[Request], Mask | None] = lambda request: None,
+    mask: Callable[[Request], Mask | None] = boundless,
     pages: int = 2000,
     size: int = 4,
     **options: Any,
@@ -238,12 +238,20 @@ def test_many_automata_are_transformers(pairs: list[Pair]) -> None:
     assert compare_automata(pairs, 600, seed=4)[1] <= 3
 
 
+SEARCHES = [
+    Beams(width=3),
+    Beams(width=4, sample=True),
+    Beams(width=6, groups=3, diversity_penalty=0.5),
+    Beams(width=3, mode="windowed", window=2),
+]
+
+
 def many() -> list[Request]:
-    """Under automata, bad words and neither: greedy, drawn, several branches, beams."""
+    """Under automata, bad words and neither: greedy, drawn, several branches, sorts of beams."""
     rng, requests = random.Random(5), []
     trunk = random_prompt(rng) * 3
     for i in range(16):
-        beams = Beams(width=3, sample=i % 8 == 7) if i % 4 == 3 else None
+        beams = SEARCHES[i // 4] if i % 4 == 3 else None
         sampling = Sampling(
             temperature=i % 3 * 0.7,
             bad_words=((i, 1), (2, 3, i), (i + 20,)) if i % 3 else (),
@@ -284,8 +292,8 @@ CASES: list[dict[str, Any]] = [
     {"ahead": 1},
     {"draft": 5},
     {"draft": 5, "ahead": 1, "budget": 70},
-    {"pages": 44, "size": 2},
-    {"pages": 44, "size": 2, "ahead": 1, "draft": 3},
+    {"pages": 70, "size": 2},
+    {"pages": 70, "size": 2, "ahead": 1, "draft": 3},
     {"budget": 64, "chunk": 3},
 ]
 
@@ -337,15 +345,33 @@ def test_a_guess_is_followed_until_it_cannot_come_true() -> None:
     assert mask.allowed() is not None
 
 
-def test_a_masked_request_is_not_launched_ahead(pairs: list[Pair]) -> None:
-    """Its mask needs the token that the step in flight draws."""
+def test_neither_masks_nor_beams_are_launched_ahead(pairs: list[Pair]) -> None:
+    """They need the token that the step in flight draws, on the host."""
     launched: list[int] = []
-    for mask in (automaton, lambda request: None):
+    for mask, beams in ((automaton, None), (boundless, Beams(width=2)), (boundless, None)):
         engine = engine_of(pairs[0][1], mask, ahead=1)
-        engine.submit(Request(id="1", prompt=[1, 2], max_tokens=9, sampling=Sampling()))
+        engine.submit(Request(id="1", prompt=[1, 2], max_tokens=9, beams=beams))
         engine.step()
         launched.append(engine.stats.steps)
-    assert launched == [1, 2]
+    assert launched == [1, 1, 2]
+
+
+def test_a_step_that_fails_leaves_masks_where_they_were(
+    pairs: list[Pair], alone: dict[str, Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, launches = engine_of(pairs[-1][1], automaton, draft=3), count()
+    launch = Runner.launch
+
+    def failing(runner: Runner, batch: Batch) -> Callable[[], Output]:
+        if next(launches) == 6:
+            raise RuntimeError("a test says so")
+        return launch(runner, batch)
+
+    monkeypatch.setattr(Runner, "launch", failing)
+    said = run(engine, many())
+    assert engine.stats.retries == 1
+    for id, event in alone.items():
+        assert [c.tokens for c in said[id].choices] == [c.tokens for c in event.choices]
 
 
 def test_words_that_cannot_be_said_ban_nothing(pairs: list[Pair]) -> None:
