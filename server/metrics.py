@@ -114,8 +114,11 @@ class Metrics:
     def finished(self, reason: str) -> None:
         self._finished.labels(*self._labels, reason).inc()
 
+    def histogram(self, name: str) -> Histogram:
+        return self._histograms[f"vllm:{name}"]
+
     def observe(self, name: str, value: float) -> None:
-        self._histograms[f"vllm:{name}"].observe(value)
+        self.histogram(name).observe(value)
 
     def telemetry(self, name: str, operation: str, value: float) -> None:
         key = name, operation
@@ -134,6 +137,7 @@ class Meter:
         self, metrics: Metrics, operation: str, clock: Callable[[], float] = time.monotonic
     ):
         self._metrics = metrics
+        self._between = metrics.histogram("inter_token_latency_seconds")
         self.operation = operation
         self._clock = clock
         self.began = self._sent = clock()
@@ -167,7 +171,7 @@ class Meter:
             self._metrics.observe("time_to_first_token_seconds", now - self.began)
             self._metrics.telemetry("time_to_first_token", self.operation, now - self.began)
         else:
-            self._metrics.observe("inter_token_latency_seconds", now - self._last)
+            self._between.observe(now - self._last)
         self._last = now
         self.tokens += count
 

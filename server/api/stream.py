@@ -46,7 +46,8 @@ class Reply(Response):
         self.background = None
         self.pipe: Pipe | None = None
         self._inboxes: dict[int, Inbox] = {}  # of the prompts that are not answered yet
-        self._said = asyncio.get_running_loop().time()
+        self._loop = asyncio.get_running_loop()
+        self._said = self._loop.time()  # the last time that something was sent
         self._woken: asyncio.Future[None] | None = None  # the task waits for it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,16 +87,15 @@ class Reply(Response):
                 if not any(inbox.unread for inbox in self._inboxes.values()):
                     await self._wait()
                 data = b"".join([self._hear(*pair) for pair in list(self._inboxes.items())])
-                now = asyncio.get_running_loop().time()
+                now = self._loop.time()
                 if data or now >= self._said + QUIET:
                     self._said = now
                     yield data or ALIVE
 
     async def _wait(self) -> None:
         """Until something could not be heard as it came, or nothing came for long."""
-        loop = asyncio.get_running_loop()
-        self._woken = woken = loop.create_future()
-        timer = loop.call_at(self._said + QUIET, _end, woken)
+        self._woken = woken = self._loop.create_future()
+        timer = self._loop.call_at(self._said + QUIET, _end, woken)
         try:
             await woken
         finally:
@@ -120,7 +120,7 @@ class Reply(Response):
     def _pass_on(self, data: bytes) -> None:
         if data and self.pipe is not None:
             self.pipe.send(data)
-            self._said = asyncio.get_running_loop().time()
+            self._said = self._loop.time()
 
     def _hear(self, number: int, inbox: Inbox) -> bytes:
         """What is to be sent of what is new."""
