@@ -49,6 +49,7 @@ def load(
         raise ValueError(f"quantization {quantization!r} is not known; expected one of {known}")
     device = torch.device(device)
     manifest = read_manifest(folder)
+    _check_context(manifest.config, context)
     if isinstance(dtype, str):
         dtype = pick_dtype(dtype, device, manifest.dtype)
     decoder = build(manifest.config, dtype, device, context)
@@ -81,6 +82,17 @@ class _Shapes(TorchFunctionMode):
         if function is torch.empty:
             kwargs |= {"device": "meta", "dtype": kwargs.get("dtype") or self.dtype}
         return function(*args, **kwargs)
+
+
+def _check_context(config: ModelConfig, context: int) -> None:
+    """Rotations go on for ever. A table of places does not: on a GPU, the first token behind its
+    end would take the whole engine with it."""
+    tabled = config.positions == "learned" or config.positions.startswith("sinusoidal")
+    if tabled and context > config.context:
+        raise CheckpointError(
+            f"--context is {context}, but this model has places for {config.context} tokens and no "
+            "more: ask for at most as many"
+        )
 
 
 def build(config: ModelConfig, dtype: torch.dtype, device: torch.device, context: int) -> Decoder:

@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak.starts import BROKEN
+from model.checkpoint import CheckpointError
+from model.weights import load
 from server.engine.build import assemble
 from server.errors import ModelError, SettingError
+from tests.model.families import make as family
 from tests.server import tiny
 
 
@@ -37,3 +40,11 @@ def test_what_is_wrong_with_a_setting_is_one_sentence(
     asked: dict[str, object] = {"model": str(tiny.make(tmp_path)), "threads": 1} | wrong
     with pytest.raises((SettingError, ModelError), match=says):
         assemble(**asked)  # type: ignore[arg-type]
+
+
+def test_a_context_beyond_a_models_places_is_refused(tmp_path: Path) -> None:
+    """Or the first long text would end the step, and on a GPU the engine."""
+    config = family("gpt2", tmp_path).config
+    with pytest.raises(CheckpointError, match=rf"--context is 9999, but .* {config.n_positions} "):
+        load(tmp_path, context=9999)
+    load(tmp_path, context=config.n_positions)
