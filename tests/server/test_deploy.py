@@ -4,11 +4,15 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from server.config import Settings
 from server.options import options
@@ -115,6 +119,44 @@ def test_every_wheel_is_pinned_with_its_hash(target: str) -> None:
     assert wanted - {"triton"} <= names
     assert ("triton" in names) == (target == "cuda")
     assert "python-multipart" not in names
+
+
+def locked(target: str) -> dict[str, str]:
+    """Versions by name, as the image gets them."""
+    lines = (ROOT / "deploy" / f"requirements-{target}.txt").read_text().splitlines()[1:]
+    pairs = [line.split(" ")[0].split("==") for line in lines]
+    return {name: version.partition("+")[0] for name, version in pairs}
+
+
+@pytest.mark.parametrize("target", TARGETS, ids="of {}".format)
+def test_the_lock_is_closed(target: str) -> None:
+    """T48: whatever a locked package needs is locked too, in a version that it takes."""
+    versions, seen = locked(target), set()
+    names = ["kvist"]
+    for name in names:
+        seen.add(name)
+        for line in distribution(name).requires or []:
+            need = Requirement(line)
+            key = canonicalize_name(need.name)
+            if need.marker is not None and not need.marker.evaluate({"extra": ""}):
+                continue
+            if key == "triton" and target == "cpu":
+                continue
+            assert need.specifier.contains(versions[key]), f"{name} needs {line}"
+            names += [key] if key not in names else []
+    of_gpus = {name for name in versions if name.startswith(("nvidia-", "cuda-"))}
+    assert set(versions) - of_gpus == seen - {"kvist"}, "nothing is locked that nobody needs"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids="of {}".format)
+def test_known_holes_are_behind_us(target: str) -> None:
+    """The least versions of the reliability contract."""
+    versions = locked(target)
+    for name, least in (
+        ("starlette", "1.0.1"), ("h11", "0.16"), ("jinja2", "3.1.6"), ("torch", "2.11"),
+    ):  # fmt: skip
+        assert Version(versions[name]) >= Version(least), name
+    assert not {"python-multipart", "transformers", "ray"} & set(versions)
 
 
 @pytest.mark.slow
