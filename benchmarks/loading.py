@@ -5,7 +5,9 @@
 A checkpoint of noise in bfloat16 and in shards is written to a temporary folder. Its files are
 then read, and loaded, in turns and in one process, from a warm page cache: a disk that is slower
 than memory hides what this looks for. `into fresh memory` is the fair rival, as weights must be
-somewhere; `through one buffer` is what nothing that keeps what it reads can reach.
+somewhere; `through one buffer` is what nothing that keeps what it reads can reach. `start` is all
+that a server does before its first step, in a process of its own, whose largest memory is shown
+above what torch takes when it is imported and above the weights' own bytes.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,13 @@ import numpy as np
 import safetensors.torch
 import torch
 import transformers
+from torch import Tensor
 from tqdm import tqdm
 
+from kernels.native import Packed
+from model.decoder import Decoder
+from model.quantize import Quantize
+from model.start import start as start_model
 from model.weights import load
 
 SHAPES = {
@@ -118,7 +127,52 @@ def measure(folder: Path, rounds: int) -> dict[str, list[Seconds]]:
     return {way: every[1:] for way, every in seconds.items()}
 
 
-def report(size: int, seconds: dict[str, list[Seconds]], conditions: dict[str, Any]) -> None:
+def start(folder: Path, quantize: Quantize) -> dict[str, float]:
+    """Run in a process of its own. Pages are left untouched, and so are not taken yet."""
+    before, begin = peak(), time.perf_counter()
+    ready = start_model(folder, quantize=quantize, context=4096, rows=16)
+    seconds = time.perf_counter() - begin
+    return {"s": seconds, "above": peak() - before - held(ready.runner.decoder)}
+
+
+def peak() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+
+def held(decoder: Decoder) -> int:
+    """Bytes of all weights, however they are kept."""
+    found: dict[int, int] = {}
+    for module in decoder.modules():
+        parts = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        weight = getattr(module, "weight", None)
+        parts += (
+            [part for part in weight if isinstance(part, Tensor)]
+            if isinstance(weight, Packed)
+            else []
+        )
+        found |= {part.data_ptr(): part.nbytes for part in parts}
+    return sum(found.values())
+
+
+def started(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    kinds: tuple[Quantize, ...] = ("none", "int8")
+    for kind in kinds:
+        every = []
+        for _ in tqdm(range(rounds + 1), desc=f"starts, {kind}"):
+            with ProcessPoolExecutor(1, get_context("spawn")) as one:
+                every.append(one.submit(start, folder, kind).result())
+        found[kind] = {key: statistics.median(e[key] for e in every[1:]) for key in every[0]}
+    return found
+
+
+def report(
+    size: int,
+    seconds: dict[str, list[Seconds]],
+    starts: dict[str, dict[str, float]],
+    conditions: dict[str, Any],
+) -> None:
     medians = {
         way: [statistics.median(times) for times in zip(*every, strict=True)]
         for way, every in seconds.items()
@@ -127,10 +181,13 @@ def report(size: int, seconds: dict[str, list[Seconds]], conditions: dict[str, A
     for way, (wall, cpu) in medians.items():
         ratios = f"{wall / medians[READ][0]:12.2f}{cpu / medians[READ][1]:10.2f}"
         print(f"{way:26}{wall:8.3f}{size / wall / 1e9:8.2f}{cpu:8.3f}{ratios}")
+    for kind, one in starts.items():
+        name, ratio = f"start, quantize {kind}", one["s"] / medians[READ][0]
+        print(f"{name:26}{one['s']:8.3f}{'':16}{ratio:12.2f}   {one['above'] / 1e6:,.0f} MB above")
     wall, cpu = (ours / read for ours, read in zip(medians[LOAD], medians[READ], strict=True))
     found = {"benchmark": "loading", "ratio": round(wall, 3), "cpu_ratio": round(cpu, 3)}
     times = {way: [round(value, 4) for value in pair] for way, pair in medians.items()}
-    print(json.dumps(found | {"seconds": times} | conditions))
+    print(json.dumps(found | {"seconds": times, "starts": starts} | conditions))
 
 
 def main() -> None:
@@ -145,6 +202,7 @@ def main() -> None:
         write(Path(name), given.shape)
         size = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
         seconds = measure(Path(name), given.rounds)
+        starts = started(Path(name), given.rounds)
     conditions = {
         "shape": given.shape,
         "bytes": size,
@@ -154,7 +212,7 @@ def main() -> None:
         "torch": torch.__version__,
         "rounds": given.rounds,
     }
-    report(size, seconds, conditions)
+    report(size, seconds, starts, conditions)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ def compiled() -> ctypes.CDLL:
 
 P, I64, F32, C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[Any]] = {
+    "pack_4": [P] * 3 + [I64] * 2 + [C],
+    "pack_2": [P] * 3 + [I64] * 2 + [C],
     "linear_f32": [P] * 4 + [I64] * 3 + [C],
     "linear_bf16": [P] * 4 + [I64] * 3 + [C],
     "linear_int8": [P] * 8 + [I64] * 3 + [C],
@@ -150,27 +152,19 @@ class Packed(NamedTuple):
         return self.out, self.inner
 
 
-def pack(weight: Tensor, scales: Tensor | None = None) -> Packed:
-    """weight [out, in] float32, bfloat16, or int8 with scales [out]"""
-    out, inner = weight.shape
-    if scales is None:
-        return Packed(_tiles(weight, 1).squeeze(3), out, inner)
-    sums = weight.sum(1, dtype=torch.int32)
-    return Packed(_tiles(weight, 4), out, inner, scales.float().contiguous(), sums)
-
-
-def _tiles(weight: Tensor, together: int) -> Tensor:
-    """[out, in] -> [tiles, in / together, 32, together], with no copy beside it"""
-    (out, inner), whole = weight.shape, len(weight) // TILE
+def pack(weight: Tensor, scales: Tensor | None = None, own: bool = False) -> Packed:
+    """weight [out, in] float32, bfloat16, or int8 with scales [out]; `own`: may be overwritten"""
+    (out, inner), together = weight.shape, 1 if scales is None else 4
     if inner % together:
         weight = F.pad(weight, (0, -inner % together))
-    groups = weight.unflatten(1, (-1, together))
-    shape = -(-out // TILE), groups.shape[1], TILE, together
-    tiled = memory.zeros(shape, weight.dtype, "cpu")
-    tiled[:whole] = groups[: whole * TILE].unflatten(0, (whole, TILE)).transpose(1, 2)
-    if out % TILE:
-        tiled[whole, :, : out % TILE] = groups[whole * TILE :].transpose(0, 1)
-    return tiled
+    weight, units = weight.contiguous(), weight.shape[1] // together
+    shape = -(-out // TILE), units, TILE, together
+    tiled = weight if own and not out % TILE else memory.empty(shape, weight.dtype, "cpu")
+    sums = None if scales is None else torch.empty(out, dtype=torch.int32)
+    name = f"pack_{weight.itemsize * together}"
+    _call(name, 64 * weight.numel(), weight, tiled, sums, out, units)
+    tiled = tiled.view(shape if scales is not None else shape[:3])
+    return Packed(tiled, out, inner, None if scales is None else scales.float().contiguous(), sums)
 
 
 def unpack(weight: Packed, rows: Tensor | None = None) -> Tensor:

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import native
-from kernels.linear import Int8Weight, Weight, quantize_int8
+from kernels.linear import Int8Weight, Weight
 from kernels.native import Packed, pack, unpack
 from kernels.stack import ACTIVATIONS, LayerParts, Shape, Stack
 from model.cache import Cache, Rows
 from model.decoder import MLP, Decoder, Layer, Linear, Norm
+from model.quantize import rounded
 
 
 class PackedLinear(nn.Module):
@@ -48,14 +49,16 @@ class Lookup(nn.Module):
 def pack_decoder(decoder: Decoder, int8_head: bool = False) -> None:
     """Raises native.NotHere. An int8 weight with groups in a row keeps torch's way."""
     native.enable()
-    for name, module in list(decoder.named_modules()):
-        if isinstance(module, Linear) and module is not decoder.head:
-            packed = _packed(module.weight)
-            if packed is not None:
-                decoder.set_submodule(name, PackedLinear(packed, module.bias))
+    products = {n for n, m in decoder.named_modules() if isinstance(m, Linear) and n != "head"}
+    for name in products:  # each is let go before the next
+        product = decoder.get_submodule(name)
+        assert isinstance(product, Linear)
+        packed = _packed(product.weight)
+        if packed is not None:
+            decoder.set_submodule(name, PackedLinear(packed, product.bias))
     table = decoder.embed.get_parameter("weight").detach()
     weight = table if decoder.head is None else decoder.head.get_parameter("weight").detach()
-    head = _packed(quantize_int8(weight) if int8_head and native.has_int8() else weight)
+    head = _packed(rounded(weight, "int8") if int8_head and native.has_int8() else weight)
     assert head is not None
     decoder.embed = Lookup(head if decoder.head is None else table)
     bias = None if decoder.head is None else getattr(decoder.head, "bias", None)
@@ -155,8 +158,8 @@ def _product(module: nn.Module) -> tuple[Packed, Tensor | None]:
 def _packed(weight: Weight) -> Packed | None:
     """None: only torch knows how to multiply by it."""
     if isinstance(weight, Int8Weight) and weight.scales.shape[1] == 1 and native.has_int8():
-        return pack(weight.values, weight.scales[:, 0])
+        return pack(weight.values, weight.scales[:, 0], own=True)
     if not isinstance(weight, Tensor):
         return None
     weight = weight.detach()
-    return pack(weight if weight.dtype == torch.bfloat16 else weight.float())
+    return pack(weight if weight.dtype == torch.bfloat16 else weight.float(), own=True)

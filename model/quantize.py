@@ -57,10 +57,13 @@ def chosen(decoder: Decoder) -> Iterator[str]:
 def quantize(decoder: Decoder, kind: str, group: int = 0) -> None:
     """Rounds a decoder whose weights are loaded, each matrix before the next."""
     for name in list(chosen(decoder)):
-        weight = decoder.get_parameter(name)
-        room = empty(weight.shape, kind, group, weight.device)
-        fill(room, slice(None), weight.detach())
-        put(decoder, name, room)
+        put(decoder, name, rounded(decoder.get_parameter(name).detach(), kind, group))
+
+
+def rounded(weight: Tensor, kind: str, group: int = 0) -> Quantised:
+    room = empty(weight.shape, kind, group, weight.device)
+    fill(room, slice(None), weight)
+    return room
 
 
 def empty(shape: torch.Size, kind: str, group: int, device: torch.device | str) -> Quantised:

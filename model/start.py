@@ -57,21 +57,21 @@ def start(
     began = time.monotonic()
     backend.WISH = kernels
     threads = threads or machine.cores()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)  # weights come in small pieces: two threads took 90 instead of 11 s
     where = machine.pick_device(device)
     decoder = load(folder, dtype=dtype, device=where, quantization=quantize, context=context or 0)
     config = decoder.config
     context = context or config.context
     stored = next(iter(decoder.parameters())).dtype
     parameters, width = sum(p.numel() for p in decoder.parameters()), stored.itemsize
-    ways = ""
-    if where.type == "cpu" and kernels != "reference":
-        ways = _enable_native(decoder, quantize == "int8", threads)
-        stored = stored if ways else torch.float32  # what native kernels compute in
-        if not (ways or config.experts or _in_torch(where, quantize, kv_dtype)):
-            # What is left to torch is small: threads that meet after each of its operations would
-            # wait for their turns on a busy machine, for longer than all the work takes.
-            torch.set_num_threads(1)
+    native_wanted = where.type == "cpu" and kernels != "reference"
+    ways = _enable_native(decoder, quantize == "int8", threads) if native_wanted else ""
+    if native_wanted and not ways:
+        stored = torch.float32  # what native kernels compute in
+    if not native_wanted or ways or config.experts or _in_torch(where, quantize, kv_dtype):
+        torch.set_num_threads(threads)
+    # Else what is left to torch is small: threads that meet after each of its operations would
+    # wait for their turns on a busy machine, for longer than all the work takes.
     if deterministic and (why_not := ways or _in_torch(where, quantize, kv_dtype)):
         raise DoesNotFitError(
             "--deterministic needs the native CPU kernels, whose sums do not depend on the batch; "

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <vector>
 
 #include "threads.h"
 #include "vectors.h"
@@ -13,6 +14,36 @@ static const int ROWS = 12;  // rows of a block: 24 accumulators, the rest holds
 
 
 // packed [out / TILE][in][TILE]: a tile's weights are read once, in order.
+
+// [out][in] -> [out / TILE][in][TILE], which may be the same memory; `sums` of each output's bytes.
+template <typename U>
+static void tiles(const U* from, U* to, int32_t* sums, i64 out, i64 in, int threads) {
+    split((out + TILE - 1) / TILE, threads, [=](i64 begin, i64 end) {
+        std::vector<U> room(TILE * in);
+        for (i64 tile = begin; tile < end; tile++) {
+            i64 rows = std::min<i64>(TILE, out - tile * TILE);
+            std::copy_n(from + tile * TILE * in, rows * in, room.data());
+            std::fill(room.begin() + rows * in, room.end(), U());
+            for (i64 j = 0; sums && j < rows; j++) {
+                const int8_t* bytes = (const int8_t*)(room.data() + j * in);
+                int32_t sum = 0;
+                for (i64 k = 0; k < in * (i64)sizeof(U); k++) sum += bytes[k];
+                sums[tile * TILE + j] = sum;
+            }
+            U* place = to + tile * TILE * in;
+            for (i64 k = 0; k < in; k += 16)  // a few channels at a time: their places stay near
+                for (int j = 0; j < TILE; j++)
+                    for (i64 i = k; i < std::min(k + 16, in); i++) place[i * TILE + j] = room[j * in + i];
+        }
+    });
+}
+
+extern "C" void pack_4(const uint32_t* from, uint32_t* to, int32_t* sums, i64 out, i64 in, int threads) {
+    tiles(from, to, sums, out, in, threads);
+}
+extern "C" void pack_2(const uint16_t* from, uint16_t* to, int32_t* sums, i64 out, i64 in, int threads) {
+    tiles(from, to, sums, out, in, threads);
+}
 
 template <int M, typename W>
 static void block(const float* x, const W* w, const float* bias, float* y, i64 in, i64 out, int n) {

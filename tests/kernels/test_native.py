@@ -49,6 +49,19 @@ def test_linear(rows: int, inner: int, out: int, dtype: torch.dtype) -> None:
     close(native.linear(x, packed, bias).double(), exact)
 
 
+@pytest.mark.parametrize("out", [64, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_pack_takes_no_second_room_for_what_it_may_overwrite(out: int, dtype: torch.dtype) -> None:
+    weight = (chance(out, 40) * 30).round().clamp(-127, 127).to(dtype)
+    scales, place = torch.ones(out) if dtype == torch.int8 else None, weight.data_ptr()
+    kept = native.pack(weight.clone(), scales)
+    again = native.pack(weight, scales, own=True)
+    assert (again.values.data_ptr() == place) == (out == 64)
+    assert torch.equal(again.values, kept.values)
+    if scales is not None:
+        assert torch.equal(again.sums, native.unpack(kept).sum(1).int())  # type: ignore[arg-type]
+
+
 @pytest.mark.skipif(not native.has_int8(), reason="this processor has no AVX-512 VNNI")
 @pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
 def test_linear_int8_is_exact_in_integers(rows: int, inner: int, out: int) -> None:
