@@ -18,7 +18,10 @@ from server.api.front import Front
 from server.config import Limits
 from server.protocol import Guarded
 
-UNREAD = 256 << 10  # bytes that the kernel keeps for a client; by itself it would take megabytes
+# Bytes that the kernel keeps for a client; by itself it would take megabytes. A stream's tokens are
+# some 200 bytes each: a client that reads nothing is noticed after 400 of them, and one that is 0.3
+# seconds away can still be sent 200 kB a second.
+UNREAD = 64 << 10
 EARS = 16  # connections taken in a turn of the event loop, at most
 FAREWELL = 2.0  # seconds for the last error events to leave
 SPARE = 64 + 4 * EARS  # file descriptors that are not connections, or not yet refused

@@ -19,6 +19,7 @@ from server.config import Limits
 from server.errors import BadMessage, Busy, HeadersTooLarge, KvistError, TooSlow, UrlTooLong
 from server.pipe import Pipe
 
+WAITING = 16 << 10  # bytes that wait here for the kernel to take them; then an answer pauses
 PIECE = 256 << 10  # the most that one read brings: a head's end may lie anywhere in it
 
 
@@ -41,6 +42,7 @@ class Guarded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(WAITING)
         self._pipe = Pipe(transport, self.flow)
         self._arrival.start(self.limits.idle_timeout, self._too_slow)
         if len(self.connections) > self.most:
