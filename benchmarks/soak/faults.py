@@ -71,7 +71,8 @@ async def drains(asked: argparse.Namespace) -> Row:
     cut, statuses, left, refused = 0, [], 0, []
     for _ in range(asked.times):
         async with served(asked, "--rows", "16") as one:
-            running = [asyncio.create_task(ask(one.port, max_tokens=64)) for _ in range(32)]
+            fields = {"max_tokens": 128, "ignore_eos": True}
+            running = [asyncio.create_task(ask(one.port, **fields)) for _ in range(32)]
             await until(lambda: one.metric("vllm:num_requests_waiting"), 16)
             children = one.children()
             began = time.monotonic()

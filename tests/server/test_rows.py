@@ -115,7 +115,8 @@ SHOWN = {
     " server/test_faults::test_nothing_outlives_a_killed_front",
     "T63": "server/test_process::test_an_engine_that_dies_at_every_start_is_given_up"
     " server/test_faults::test_a_server_whose_engine_never_lives_gives_up",
-    "T64": "server/test_api_http::test_a_drain_lets_running_answers_finish",
+    "T64": "server/test_api_http::test_a_drain_lets_running_answers_finish"
+    " benchmarks/test_soak::test_a_small_soak",
     "T65": "server/test_api_http::test_a_drain_has_an_end",
     "T66": "server/test_serve::test_a_signal_during_loading_ends_it_at_once"
     " server/test_rows::test_a_second_signal_ends_a_drain",
