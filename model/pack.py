@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import native
-from kernels.linear import Int8Weight, Weight
+from kernels.linear import Int8Weight
 from kernels.native import Packed, pack, unpack
 from kernels.stack import ACTIVATIONS, LayerParts, Shape, Stack
 from model.cache import Cache, Rows
 from model.decoder import MLP, Decoder, Layer, Linear, Norm
-from model.quantize import rounded
 
 
 class PackedLinear(nn.Module):
@@ -46,7 +45,7 @@ class Lookup(nn.Module):
         return self.weight[tokens].float()
 
 
-def pack_decoder(decoder: Decoder, int8_head: bool = False) -> None:
+def pack_decoder(decoder: Decoder) -> None:
     """Raises native.NotHere. An int8 weight with groups in a row keeps torch's way."""
     native.enable()
     products = {n for n, m in decoder.named_modules() if isinstance(m, Linear) and n != "head"}
@@ -56,11 +55,10 @@ def pack_decoder(decoder: Decoder, int8_head: bool = False) -> None:
         packed = _packed(product.weight)
         if packed is not None:
             decoder.set_submodule(name, PackedLinear(packed, product.bias))
-    table = decoder.embed.get_parameter("weight").detach()
-    weight = table if decoder.head is None else decoder.head.get_parameter("weight").detach()
-    head = _packed(rounded(weight, "int8") if int8_head and native.has_int8() else weight)
+    head = _packed(decoder.embed.weight if decoder.head is None else decoder.head.weight)
     assert head is not None
-    decoder.embed = Lookup(head if decoder.head is None else table)
+    table = None if decoder.head is None else decoder.embed.get_parameter("weight").detach()
+    decoder.embed = Lookup(head if table is None else table)
     bias = None if decoder.head is None else getattr(decoder.head, "bias", None)
     decoder.head = PackedLinear(head, bias)
     for parameter in decoder.parameters():  # what is left: norms, experts, learned positions
@@ -155,7 +153,7 @@ def _product(module: nn.Module) -> tuple[Packed, Tensor | None]:
     return module.weight, module.bias
 
 
-def _packed(weight: Weight) -> Packed | None:
+def _packed(weight: object) -> Packed | None:
     """None: only torch knows how to multiply by it."""
     if isinstance(weight, Int8Weight) and weight.scales.shape[1] == 1 and native.has_int8():
         return pack(weight.values, weight.scales[:, 0], own=True)

@@ -54,6 +54,22 @@ def chosen(decoder: Decoder) -> Iterator[str]:
             yield f"{name}.weight"
 
 
+def head_name(decoder: Decoder) -> str:
+    """The weight of the last product, which may be the embedding's own."""
+    return "embed.weight" if decoder.head is None else "head.weight"
+
+
+def count(decoder: Decoder) -> int:
+    """Weights, in however few bits."""
+    found = sum(weight.numel() for weight in decoder.parameters())
+    for module in decoder.modules():
+        for weight in vars(module).values():
+            if isinstance(weight, Quantised):
+                bits = next(form.bits for form in FORMATS.values() if form.room is type(weight))
+                found += weight.values.nbytes * 8 // bits
+    return found
+
+
 def quantize(decoder: Decoder, kind: str, group: int = 0) -> None:
     """Rounds a decoder whose weights are loaded, each matrix before the next."""
     for name in list(chosen(decoder)):

@@ -14,7 +14,7 @@ from model.cache import FORMATS, PAGE, Cache
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.pack import pack_decoder
-from model.quantize import Quantize
+from model.quantize import Quantize, count
 from model.runner import Runner
 from model.trust import probes
 from model.weights import load
@@ -59,13 +59,20 @@ def start(
     threads = threads or machine.cores()
     torch.set_num_threads(1)  # weights come in small pieces: two threads took 90 instead of 11 s
     where = machine.pick_device(device)
-    decoder = load(folder, dtype=dtype, device=where, quantization=quantize, context=context or 0)
+    native_wanted = where.type == "cpu" and kernels != "reference"
+    decoder = load(
+        folder,
+        dtype=dtype,
+        device=where,
+        quantization=quantize,
+        head=native_wanted and quantize == "int8" and native.has_int8(),
+        context=context or 0,
+    )
     config = decoder.config
     context = context or config.context
     stored = next(iter(decoder.parameters())).dtype
-    parameters, width = sum(p.numel() for p in decoder.parameters()), stored.itemsize
-    native_wanted = where.type == "cpu" and kernels != "reference"
-    ways = _enable_native(decoder, quantize == "int8", threads) if native_wanted else ""
+    parameters, width = count(decoder), stored.itemsize
+    ways = _enable_native(decoder, threads) if native_wanted else ""
     if native_wanted and not ways:
         stored = torch.float32  # what native kernels compute in
     if not native_wanted or ways or config.experts or _in_torch(where, quantize, kv_dtype):
@@ -103,11 +110,11 @@ def start(
     return Ready(runner, config, context, pages, choices, about)
 
 
-def _enable_native(decoder: Decoder, int8: bool, threads: int) -> str:
+def _enable_native(decoder: Decoder, threads: int) -> str:
     """Why not; empty when it is done."""
     native.use_threads(threads)
     try:
-        pack_decoder(decoder, int8_head=int8)
+        pack_decoder(decoder)
     except native.NotHere as why:
         return str(why)
     return ""

@@ -164,6 +164,14 @@ def test_four_bits_take_the_largest_group_that_fits() -> None:
         quantize.empty(torch.Size((3, 7)), "int4", 0, "cpu")
 
 
+@pytest.mark.parametrize("kind", quantize.FORMATS)
+def test_weights_are_counted_in_however_few_bits(kind: str, folder: Path) -> None:
+    decoder = load(folder)
+    whole = quantize.count(decoder)
+    quantize.quantize(decoder, kind, 16)
+    assert quantize.count(decoder) == whole == sum(p.numel() for p in load(folder).parameters())
+
+
 def test_a_group_that_does_not_divide_is_refused(folder: Path) -> None:
     sentence = (
         r"layers\.0\..* cannot become int8: rows of \d+ weights cannot be cut into groups of 7"
