@@ -4,13 +4,12 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
-from server.config import Settings
+from server.config import Settings, Wish
 from server.errors import KvistError
-from server.options import GROUPS, add_flags, check_files, options, settings
+from server.options import GROUPS, add_flag, add_flags, check_files, fields_of, options, settings
 from server.version import VERSION
 
 ENGINE = ("model", "engine")
@@ -95,26 +94,18 @@ def _add_generate(commands: Any) -> None:
     add_flags(made, ENGINE, positional=True)
     made.add_argument("prompt", help="the text to go on from")
     wish = made.add_argument_group("wish", "what is asked")
-    for name, kind, about in (
-        ("max-tokens", int, "the most new tokens [128]"),
-        ("temperature", float, "0 takes the likeliest, 1 draws as the model says [0]"),
-        ("top-k", int, "draw from so many of the likeliest"),
-        ("top-p", float, "draw from the likeliest that make up this share"),
-        ("min-p", float, "draw from those with this share of the likeliest's probability"),
-        ("repetition-penalty", float, "above 1 makes repetition less likely"),
-        ("seed", int, "the same seed draws the same text"),
-        ("beams", int, "search with so many beams"),
-    ):
-        wish.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=about)
+    for one in fields_of(Wish):
+        add_flag(wish, one)
     wish.add_argument("--stop", action="append", default=argparse.SUPPRESS, help="end before it")
 
 
 def _generate(said: argparse.Namespace) -> int:
     chosen = _settings(said, ENGINE)
-    from server.generate import Wish, run
+    said_of = {one: getattr(said, one.name, None) for one in fields_of(Wish)}
+    wish = {one.name: one.read(text, one.flag) for one, text in said_of.items() if text is not None}
+    wish["stop"] = tuple(getattr(said, "stop", ()))
+    from server.generate import run
 
-    wish = {one.name: getattr(said, one.name) for one in fields(Wish) if hasattr(said, one.name)}
-    wish |= {"stop": tuple(wish["stop"])} if "stop" in wish else {}
     return run(chosen, said.prompt, Wish(**wish))
 
 

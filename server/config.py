@@ -219,3 +219,28 @@ class Settings:
     )
 
     limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What `generate` asks of one continuation; a flag each, as above."""
+
+    max_tokens: int = option(128, "wish", "the most new tokens", within=Bounds(0, 1 << 24))
+    temperature: float = option(
+        0.0, "wish", "0 takes the likeliest, 1 draws as the model says", within=Bounds(0, 2)
+    )
+    top_k: int = option(
+        0, "wish", "draw from so many of the likeliest; 0: all", within=Bounds(-1, (1 << 31) - 1)
+    )
+    top_p: float = option(
+        1.0, "wish", "draw from the likeliest with this share", within=Bounds(0, 1, open=True)
+    )
+    min_p: float = option(
+        0.0, "wish", "draw from those with this share of the likeliest's", within=Bounds(0, 1)
+    )
+    repetition_penalty: float = option(
+        1.0, "wish", "above 1 makes repetition less likely", within=Bounds(0, 100, open=True)
+    )
+    seed: int = option(0, "wish", "the same seed draws the same text", within=Bounds(0, 2**63 - 1))
+    beams: int = option(1, "wish", "search with so many beams", within=Bounds(1, 1024))
+    stop: tuple[str, ...] = ()  # a flag each time, since a text may hold a comma

@@ -1,28 +1,12 @@
 """`python -m server generate`: one prompt, its continuation on the terminal as it comes."""
 
 import sys
-from dataclasses import dataclass
 
 from model.sampling import Sampling
 from server.blueprint import engine_options
-from server.config import Settings
+from server.config import Settings, Wish
 from server.engine.offline import Engine
 from server.engine.request import Beams, Request
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What is asked of one continuation."""
-
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    beams: int = 1
-    stop: tuple[str, ...] = ()
 
 
 def run(settings: Settings, prompt: str, wish: Wish) -> int:

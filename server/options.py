@@ -100,19 +100,20 @@ _WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
 def options() -> Iterator[Option]:
     """Every field of Settings and of its Limits."""
-    for owner, prefix in ((Settings, ""), (Limits, LIMIT)):
-        hints = get_type_hints(owner)
-        for one in dataclasses.fields(owner):
-            if one.name != "limits":
-                hint, meta = hints[one.name], one.metadata
-                inner = [x for x in get_args(hint) if x is not NoneType]
-                kind = inner[0] if NoneType in get_args(hint) else hint
-                yield Option(
-                    prefix + one.name,
-                    kind,
-                    one.default,
-                    *[meta[key] for key in ("group", "help", "also", "within")],
-                )
+    yield from fields_of(Settings)
+    yield from fields_of(Limits, LIMIT)
+
+
+def fields_of(owner: Any, prefix: str = "") -> Iterator[Option]:
+    """Those of a dataclass that `config.option` made."""
+    hints = get_type_hints(owner)
+    for one in dataclasses.fields(owner):
+        if one.metadata:
+            hint, meta = hints[one.name], one.metadata
+            inner = [x for x in get_args(hint) if x is not NoneType]
+            kind = inner[0] if NoneType in get_args(hint) else hint
+            told = [meta[key] for key in ("group", "help", "also", "within")]
+            yield Option(prefix + one.name, kind, one.default, *told)
 
 
 def add_flags(
@@ -124,18 +125,21 @@ def add_flags(
     parser.add_argument("--config", metavar="FILE", help="a TOML file with any of these settings")
     groups = {name: parser.add_argument_group(name, GROUPS[name]) for name in names}
     for one in options():
-        if one.group not in groups:
-            continue
-        shape: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": one.name}
-        if one.kind is bool:
-            shape["action"] = argparse.BooleanOptionalAction
-        elif one.choices:
-            shape["metavar"] = "|".join(one.choices)
-        else:
-            shape["metavar"] = "LIST" if one.many else getattr(one.kind, "__name__", "X").upper()
-        groups[one.group].add_argument(one.flag, help=_say(one), **shape)
-        for alias in one.also:
-            groups[one.group].add_argument(alias, **shape | {"help": argparse.SUPPRESS})
+        if one.group in groups:
+            add_flag(groups[one.group], one)
+
+
+def add_flag(group: Any, one: Option) -> None:
+    shape: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": one.name}
+    if one.kind is bool:
+        shape["action"] = argparse.BooleanOptionalAction
+    elif one.choices:
+        shape["metavar"] = "|".join(one.choices)
+    else:
+        shape["metavar"] = "LIST" if one.many else getattr(one.kind, "__name__", "X").upper()
+    group.add_argument(one.flag, help=_say(one), **shape)
+    for alias in one.also:
+        group.add_argument(alias, **shape | {"help": argparse.SUPPRESS})
 
 
 def _help(name: str) -> str:

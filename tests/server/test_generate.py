@@ -52,6 +52,12 @@ def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_a_wish_that_makes_no_sense_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before a model is looked for."""
+    assert main(["generate", "./nowhere", "prompt", "--temperature", "nan"]) == 2
+    assert "--temperature is 'nan', but must be a number from 0 to 2." in capsys.readouterr().err
+
+
 def test_the_doctor_says_what_runs_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
