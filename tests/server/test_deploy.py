@@ -1,5 +1,6 @@
 """The container without a container engine: schema, lint, locks, and a rehearsal of its steps."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -146,6 +147,23 @@ def test_the_lock_is_closed(target: str) -> None:
             names += [key] if key not in names else []
     of_gpus = {name for name in versions if name.startswith(("nvidia-", "cuda-"))}
     assert set(versions) - of_gpus == seen - {"kvist"}, "nothing is locked that nobody needs"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids="of {}".format)
+def test_the_bill_of_materials_is_the_lock(target: str) -> None:
+    """G16: each wheel once, with its version, hash and licence."""
+    command = [sys.executable, str(ROOT / "deploy" / "bill.py"), target]
+    made = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (made["bomFormat"], made["specVersion"]) == ("CycloneDX", "1.6")
+    lines = (ROOT / "deploy" / f"requirements-{target}.txt").read_text().splitlines()[1:]
+    parts = made["components"]
+    assert lines == [
+        f"{one['name']}=={one['version']} --hash=sha256:{one['hashes'][0]['content']}"
+        for one in parts
+    ]
+    assert len({one["bom-ref"] for one in parts}) == len(lines)
+    free = [one["name"] for one in parts if not one["name"].startswith(("nvidia-", "cuda-"))]
+    assert not set(free) - {one["name"] for one in parts if one.get("licenses")}
 
 
 @pytest.mark.parametrize("target", TARGETS, ids="of {}".format)
