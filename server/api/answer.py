@@ -103,7 +103,8 @@ class Branch:
         delta = Delta(self._index, choice.text, finish=choice.finish, stop=choice.stop)
         delta.first, self._begun = not self._begun, True
         self.length += len(choice.tokens)
-        self.logprob += sum(choice.logprobs)
+        if choice.logprobs:
+            self.logprob += sum(choice.logprobs)
         if choice.tokens and self._asked.body.return_token_ids:
             delta.ids = list(choice.tokens)
         if choice.score is not None:
@@ -174,24 +175,25 @@ class Answer:
         self._open = [set(range(asked.best_of)) for _ in asked.prompts]
         self._new = [True] * len(asked.prompts)
 
-    def push(self, number: int, event: Event) -> Iterator[Delta]:
+    def push(self, number: int, event: Event) -> list[Delta]:
         """What an event of one prompt adds."""
-        self.usage.cached += event.cached_tokens
-        self.usage.beam_rows += event.beam_rows
         base = number * self.asked.best_of
+        deltas: list[Delta] = []
         if self._new[number]:
             self._new[number] = False
-            yield from self._begin(number, event, base)
+            self.usage.cached += event.cached_tokens
+            deltas += self._begin(number, event, base)
         for choice in event.choices:
             self.usage.completion += len(choice.tokens)
             if choice.finish:
                 self._open[number].discard(choice.index)
-            delta = self.branches[base + choice.index].push(choice)
-            if delta.seen:
-                yield delta
-        if event.done:  # an answer of no tokens says nothing of its branches
-            for index in self._open[number]:
-                yield self.branches[base + index].push(Choice(index=index, finish="length"))
+            deltas.append(self.branches[base + choice.index].push(choice))
+        if event.done:
+            self.usage.beam_rows += event.beam_rows
+            for index in self._open[number]:  # an answer of no tokens says nothing of them
+                ended = Choice(index=index, finish="length")
+                deltas.append(self.branches[base + index].push(ended))
+        return [delta for delta in deltas if delta.seen]
 
     def _begin(self, number: int, event: Event, base: int) -> Iterator[Delta]:
         asked = self.asked

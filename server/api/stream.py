@@ -11,7 +11,7 @@ a failure, the end.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from functools import partial
 
@@ -73,7 +73,7 @@ class Reply(Response):
         """Whether what is heard may go out in the same breath."""
         raise NotImplementedError
 
-    def say(self, one: Event, deltas: Iterator[Delta]) -> bytes:
+    def say(self, one: Event, deltas: list[Delta]) -> bytes:
         """What an event adds to the body that is going out."""
         raise NotImplementedError
 
@@ -149,7 +149,7 @@ class Plain(Reply):
         super().__init__(front, answer, shape, meter)
         self._deltas: list[Delta] = []
 
-    def say(self, one: Event, deltas: Iterator[Delta]) -> bytes:  # noqa: ARG002
+    def say(self, one: Event, deltas: list[Delta]) -> bytes:  # noqa: ARG002
         self._deltas += deltas
         return b""
 
@@ -168,14 +168,16 @@ class Stream(Reply):
     def __init__(self, front: Front, answer: Answer, shape: Shape, meter: Meter) -> None:
         super().__init__(front, answer, shape, meter)
         self.begun = False
-        self.tree = TreeEvents(answer)
+        told = answer.asked.body.beam_stream
+        self.tree = TreeEvents(told.max_events_per_s) if told else None
 
     @property
     def open(self) -> bool:
         return self.begun and self.pipe is not None and self.pipe.flows
 
-    def say(self, one: Event, deltas: Iterator[Delta]) -> bytes:
-        return self.tree.of(one) + b"".join(map(self.shape.chunk, deltas))
+    def say(self, one: Event, deltas: list[Delta]) -> bytes:
+        said = b"".join([self.shape.chunk(delta) for delta in deltas])
+        return self.tree.of(one) + said if self.tree else said
 
     async def answer_to(self, receive: Receive, send: Send) -> None:
         try:
@@ -217,9 +219,8 @@ class Stream(Reply):
 class TreeEvents:
     """The steps of a beam search as named events, at most so many a second."""
 
-    def __init__(self, answer: Answer) -> None:
-        stream = answer.asked.body.beam_stream
-        self._every = 1 / stream.max_events_per_s if stream else 0.0
+    def __init__(self, most: float) -> None:
+        self._every = 1 / most
         self._next = 0.0
         self._held: list[bytes] = []
 
