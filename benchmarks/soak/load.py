@@ -24,6 +24,8 @@ DEAF: dict[str, Any] = {
     "logprobs": 20,
 }
 
+TURNS = 5  # of peak and overload
+
 
 async def streams(asked: argparse.Namespace) -> Row:
     """G2: 1,000 at once; none fails, equal prompts give equal text."""
@@ -151,24 +153,36 @@ async def overload(asked: argparse.Namespace) -> Row:
     """G8: ten times what fits; the rest is refused at once, and what is served is no less."""
     flags = ("--limit-queue-requests", "16", "--rows", "8")
     async with served(asked, *flags) as one, health(one) as seen:
-        began = time.monotonic()
-        few = [_insist(one.port, began + asked.seconds / 2) for _ in range(16)]
-        peak = [said for many in await asyncio.gather(*few) for said in many]
-        fair = sum(said.done for said in peak) / (time.monotonic() - began)
-        began = time.monotonic()
-        each = [_insist(one.port, began + asked.seconds) for _ in range(80)]
-        said = [one for many in await asyncio.gather(*each) for one in many]
-        rate = sum(one.done for one in said) / (time.monotonic() - began)
+        await _insisting(one.port, 16, 1)
+        before = sum(one.memory())
+        peaks, rates, said = list[float](), list[float](), list[Said]()
+        for _ in range(TURNS):  # in turns, since a shared machine is not as fast all the time
+            peak, fair = await _insisting(one.port, 16, asked.seconds / TURNS)
+            assert all(said.done for said in peak), "nobody is refused at the peak"
+            many, rate = await _insisting(one.port, 80, asked.seconds / TURNS)
+            peaks, rates, said = [*peaks, fair], [*rates, rate], said + many
+        ratio = statistics.median(rate / fair for rate, fair in zip(rates, peaks, strict=True))
         refused = [one for one in said if one.status == 429]
         slowest = max((said.seconds for said in refused), default=0)
+        growth = (sum(one.memory()) - before) / 2**20
         found = {
-            "peak_per_s": round(fair, 1),
-            "served_per_s": round(rate, 1),
+            "peak_per_s": round(statistics.median(peaks), 1),
+            "served_per_s": round(statistics.median(rates), 1),
+            "served_of_peak": round(ratio, 2),
             "refused": len(refused),
             "slowest_refusal_s": round(slowest, 2),
+            "mib_more": round(growth),
         }
-        good = all(said.done for said in peak) and bool(refused) and rate >= 0.95 * fair
+        good = ratio >= 0.95 and bool(refused) and slowest <= 1 and growth < 64
     return row("G8", "overload", good, found, seen)
+
+
+async def _insisting(port: int, clients: int, seconds: float) -> tuple[list[Said], float]:
+    """What they were told, and how many of them were served a second."""
+    began = time.monotonic()
+    each = [_insist(port, began + seconds) for _ in range(clients)]
+    said = [one for many in await asyncio.gather(*each) for one in many]
+    return said, sum(one.done for one in said) / (time.monotonic() - began)
 
 
 async def _insist(port: int, end: float) -> list[Said]:
@@ -176,5 +190,6 @@ async def _insist(port: int, end: float) -> list[Said]:
     said = []
     while time.monotonic() < end:
         said.append(await ask(port, max_tokens=32))
-        await asyncio.sleep(1 if said[-1].status == 429 else 0)
+        if said[-1].status == 429:
+            await asyncio.sleep(max(0.0, min(1.0, end - time.monotonic())))
     return said
