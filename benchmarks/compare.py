@@ -151,7 +151,8 @@ def finish(given: Namespace, rows: list[harness.Row], ceilings: dict[int, limits
     for name, why in given.missing.items():
         print(f"{name}: {why}")
     harness.finish(
-        "compare", rows, given, shape=given.shape, rounds=given.rounds, missing=given.missing,
+        "compare", rows, given, shape=given.shape, precisions=given.precisions,
+        rounds=given.rounds, missing=given.missing,
         versions=versions(),
         limits={threads: asdict(ceiling) for threads, ceiling in ceilings.items()},
         disturbed=max((row.get("spread") or 0 for row in rows), default=0) > 0.15,
@@ -160,7 +161,11 @@ def finish(given: Namespace, rows: list[harness.Row], ceilings: dict[int, limits
 
 def versions() -> dict[str, str | None]:
     packages = {entry.package for entry in PEERS.values()}
-    here = {one.name: one.version for one in metadata.distributions() if one.name in packages}
+    here = {
+        one.name.replace("_", "-"): one.version
+        for one in metadata.distributions()
+        if one.name.replace("_", "-") in packages
+    }
     return {package: here.get(package) for package in sorted(packages)}
 
 

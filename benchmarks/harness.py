@@ -123,7 +123,13 @@ def finish(name: str, rows: Sequence[Row], options: argparse.Namespace, **more: 
     line = json.dumps(record, default=str)
     if options.save:
         RESULTS.mkdir(exist_ok=True)
-        words = [name, more.get("shape"), record["device"], record["commit"]]
+        words = [
+            name,
+            more.get("shape"),
+            *more.get("precisions", ()),
+            record["device"],
+            record["commit"],
+        ]
         stem = "-".join(word.replace(" ", "-").lower() for word in words if word)
         (RESULTS / f"{stem}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
     print(line)

@@ -64,7 +64,8 @@ def section(result: Mapping[str, Any]) -> str:
 
 def _title(result: Mapping[str, Any]) -> str:
     name = result["benchmark"].replace("_", " ").capitalize()
-    return f"{name}: {result['shape']}" if result.get("shape") else name
+    of = [result.get("shape"), *result.get("precisions", ())]
+    return ": ".join([name, *([", ".join(filter(None, of))] if any(of) else [])])
 
 
 def conditions(result: Mapping[str, Any]) -> str:

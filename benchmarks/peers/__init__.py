@@ -25,7 +25,9 @@ class Entry:
 BOTH = {"float32": ("float32",), "int8": ("int8",)}
 PEERS = {
     "kvist": Entry("torch", BOTH, converts=False),
+    "kvist_http": Entry("uvicorn", BOTH, converts=False),
     "transformers": Entry("transformers", {"float32": ("float32",)}, converts=False),
+    "transformers_http": Entry("transformers", {"float32": ("float32",)}, converts=False),
     "continuous": Entry("transformers", {"float32": ("float32",)}, converts=False),
     "ctranslate2": Entry("ctranslate2", BOTH),
     "llama_cpp": Entry("llama-cpp-python", {"float32": ("F32",), "int8": ("Q8_0", "Q4_0")}),

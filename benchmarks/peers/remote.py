@@ -23,7 +23,7 @@ class Remote:
     """A running engine."""
 
     def __init__(self, engine: str, form: str, folder: Path, threads: int, words: int) -> None:
-        self.log = folder.parent / f"{folder.name}.log"
+        self.log = folder.parent / f"{engine}-{form}.serve.log"
         command = _command("serve", engine, str(folder), form, str(threads), str(words))
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -33,6 +33,7 @@ class Remote:
                 stderr=log,
                 text=True,
                 env=_environment(threads),
+                start_new_session=True,  # so that a server's own processes sleep and end with it
             )
         self.peak = 0
         self._wait(900)
@@ -40,7 +41,7 @@ class Remote:
     def ask(self, work: Work, patience: float) -> dict[str, Any]:
         """Wake it, let it work, and put it to sleep."""
         assert self.process.stdin is not None
-        self.process.send_signal(signal.SIGCONT)
+        self._tell(signal.SIGCONT)
         try:
             print(json.dumps(asdict(work)), file=self.process.stdin, flush=True)
         except OSError as error:
@@ -58,7 +59,7 @@ class Remote:
         line = out.readline()
         if not line:
             raise Failed(f"it ended with status {self.process.wait()}: {_last(self.log)}")
-        self.process.send_signal(signal.SIGSTOP)
+        self._tell(signal.SIGSTOP)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise Failed(answer["error"])
@@ -68,8 +69,12 @@ class Remote:
     def alive(self) -> bool:
         return self.process.poll() is None
 
+    def _tell(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
     def close(self) -> None:
-        self.process.kill()
+        self._tell(signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
