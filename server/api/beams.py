@@ -39,8 +39,10 @@ def width(body: Sampled) -> int | None:
 
 def _one_of(body: Sampled, *names: str) -> int | None:
     """The value of fields that mean the same."""
-    said: dict[str, int] = {name: getattr(body, name) for name in names if name in _sent(body)}
-    said = {name: value for name, value in said.items() if value is not None}
+    sent = _sent(body)
+    said: dict[str, int] = {name: getattr(body, name) for name in names if name in sent}
+    if not said:
+        return None
     if len(set(said.values())) > 1:
         text = " and ".join(f"{name!r} is {value}" for name, value in said.items())
         raise InvalidField(f"{text}, but they mean the same.", min(said))

@@ -77,12 +77,7 @@ def _too_large(most: int) -> BodyTooLarge:
 def decode(raw: bytes, depth: int) -> dict[str, Any]:
     """The object that a body holds."""
     try:
-        body = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_once,
-            parse_constant=_no_number,
-            parse_float=_finite,
-        )
+        body = _STRICT.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise MalformedBody(f"The body is not UTF-8: byte {error.start} is wrong.") from None
     except json.JSONDecodeError as error:
@@ -119,6 +114,9 @@ def _finite(text: str) -> float:
     if number - number != 0:
         raise MalformedBody(f"The number {text[:SHOWN]} is too large.")
     return number
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
 
 
 def _check_depth(body: Any, most: int) -> None:
