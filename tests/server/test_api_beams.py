@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.server.started import Process
 from tests.server.test_api_http import check_error
-from tests.server.test_serve import Process
 from tests.server.tiny import make
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
