@@ -108,16 +108,21 @@ static void gated(const float* x, float* y, i64 rows, i64 width, int threads, F 
     });
 }
 
-static v16 silu16(v16 g) { return g / (1 + exp16(-g)); }
-static v16 gelu16(v16 g) {
-    return 0.5f * g * (1 + tanh16(0.7978845608028654f * (g + 0.044715f * g * g * g)));
-}
+// Types, not functions, so that they are compiled into the loops.
+struct Silu {
+    v16 operator()(v16 g) const { return g / (1 + exp16(-g)); }
+};
+struct Gelu {
+    v16 operator()(v16 g) const {
+        return 0.5f * g * (1 + tanh16(0.7978845608028654f * (g + 0.044715f * g * g * g)));
+    }
+};
 
 extern "C" void silu_gate_f32(const float* x, float* y, i64 rows, i64 width, int threads) {
-    gated(x, y, rows, width, threads, silu16);
+    gated(x, y, rows, width, threads, Silu());
 }
 extern "C" void gelu_tanh_gate_f32(const float* x, float* y, i64 rows, i64 width, int threads) {
-    gated(x, y, rows, width, threads, gelu16);
+    gated(x, y, rows, width, threads, Gelu());
 }
 
 template <typename F>
@@ -135,8 +140,8 @@ static void each(const float* x, float* y, i64 count, int threads, F f) {
 }
 
 extern "C" void silu_f32(const float* x, float* y, i64 count, int threads) {
-    each(x, y, count, threads, silu16);
+    each(x, y, count, threads, Silu());
 }
 extern "C" void gelu_tanh_f32(const float* x, float* y, i64 count, int threads) {
-    each(x, y, count, threads, gelu16);
+    each(x, y, count, threads, Gelu());
 }
