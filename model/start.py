@@ -85,7 +85,7 @@ def start(
             f"here, {why_not}"
         )
     kept = FORMATS.get(kv_dtype, stored)
-    pages = pages or _fitting(config, kept, where, memory, page_size, rows * context)
+    pages = _fitting(config, kept, where, memory, page_size, rows * context, pages)
     cache = Cache(config, pages, page_size, kept, where)
     runner = Runner(decoder, cache, rows)
     choices = [verify(probe) for probe in probes(config, cache, stored)][-1]
@@ -100,7 +100,10 @@ def start(
         "threads": threads,
         "native": ways or "yes",
         "kernels": {choice.kernel: f"{choice.way}: {choice.reason}" for choice in choices},
-        "warnings": _warnings(where, quantize, kv_dtype, choices),
+        "warnings": [
+            *_warnings(where, quantize, kv_dtype, choices),
+            *_beyond(context, config.context),
+        ],
         "pages": pages,
         "page_size": page_size,
         "capacity": pages * page_size,
@@ -145,6 +148,12 @@ def _warnings(
     ]
 
 
+def _beyond(context: int, made_for: int) -> list[str]:
+    if context <= made_for:
+        return []
+    return [f"the model was made for {made_for} tokens: up to {context}, its text may get worse"]
+
+
 def _fitting(
     config: ModelConfig,
     dtype: torch.dtype,
@@ -152,12 +161,19 @@ def _fitting(
     memory: float,
     page_size: int,
     tokens: int,
+    wish: int | None,
 ) -> int:
-    """No more pages than `tokens` would fill, and no more than the device has room for."""
+    """No more pages than `tokens` would fill, and no more than the device has room for. As many as
+    are wished for, if there is room: on a CPU they are taken as they fill, which is too late."""
     size = Cache.page_bytes(config, page_size, dtype)
     free = machine.free_memory(where)
     room = int(free * CPU_SHARE) if where.type == "cpu" else int(free * memory) - RESERVE
-    pages = min(-(-tokens // page_size), room // size)
+    if wish and wish * size > free:
+        raise DoesNotFitError(
+            f"--pages {wish} take {wish * size >> 20} MiB, and {_name(where)} has {free >> 20} MiB "
+            f"free after the weights: ask for at most {free // size}"
+        )
+    pages = wish or min(-(-tokens // page_size), room // size)
     if pages < 2:
         raise DoesNotFitError(
             f"{_name(where)} has {free >> 20} MiB free after the weights, and one page of "

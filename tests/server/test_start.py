@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.soak.starts import BROKEN
 from model.checkpoint import CheckpointError
+from model.start import start
 from model.weights import load
 from server.engine.build import assemble
 from server.errors import ModelError, SettingError
@@ -30,7 +31,7 @@ def test_what_is_wrong_with_a_model_is_one_sentence(name: str, tmp_path: Path) -
     ("wrong", "says"),
     [
         ({"model": "nowhere/at/all"}, "nowhere"),
-        ({"pages": 1 << 40}, r"tried to allocate \d+ bytes. Give it fewer --pages"),  # T69
+        ({"pages": 1 << 40}, r"take \d+ MiB.* at most \d+$"),  # T69
         ({"device": "abacus"}, "device is 'abacus'; expected auto, cpu"),
     ],
 )
@@ -48,3 +49,11 @@ def test_a_context_beyond_a_models_places_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"--context is 9999, but .* {config.n_positions} "):
         load(tmp_path, context=9999)
     load(tmp_path, context=config.n_positions)
+
+
+def test_a_context_beyond_what_the_model_was_made_for_is_told(tmp_path: Path) -> None:
+    family("llama", tmp_path)
+    made_for = start(tmp_path, pages=8).context
+    assert start(tmp_path, pages=8, context=made_for).about["warnings"] == []
+    (warning,) = start(tmp_path, pages=8, context=2 * made_for).about["warnings"]
+    assert f"made for {made_for} tokens: up to {2 * made_for}" in warning
