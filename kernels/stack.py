@@ -48,8 +48,8 @@ class _Stack(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, P) for name in ("slots", "at", "starts", "lengths", "table")),
-        *((name, I64) for name in ("tokens", "rows", "width", "longest")),
+        *((name, P) for name in ("slots", "at", "wanted", "starts", "lengths", "table")),
+        *((name, I64) for name in ("tokens", "rows", "width", "longest", "wants")),
     )
 
 
@@ -112,12 +112,15 @@ class Stack:
         lengths: Tensor,
         page_table: Tensor,
         longest: int,
+        wanted: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """x [tokens, hidden] -> the stream, which takes x's place, and what the last layer adds"""
+        """x [tokens, hidden] -> the stream, which takes x's place, and what the last layer adds;
+        anything for tokens that are not `wanted`"""
         added, table = torch.empty_like(x), page_table.int().contiguous()
-        where = slots.long(), at.long(), starts.int(), lengths.int(), table
+        some = torch.arange(len(x)) if wanted is None else wanted
+        where = slots.long(), at.long(), some, starts.int(), lengths.int(), table
         addresses = (part.data_ptr() for part in where)
-        step = _Step(*addresses, len(x), len(lengths), table.shape[1], longest)
+        step = _Step(*addresses, len(x), len(lengths), table.shape[1], longest, len(some))
         self.stack.threads = native.threads()
         native.compiled().stack_f32(
             ctypes.byref(self.stack), ctypes.byref(step), x.data_ptr(), added.data_ptr()

@@ -97,7 +97,7 @@ class Layers:
         if self.cache is not cache:
             self.cache, self.stack = cache, Stack(self._shape(), list(self._parts(cache)))
         where = rows.slots, rows.positions, rows.starts, rows.lengths, rows.page_table
-        return self.stack(x, *where, rows.longest_context)
+        return self.stack(x, *where, rows.longest_context, rows.wanted)
 
     def _shape(self) -> Shape:
         config = self.decoder.config

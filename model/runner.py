@@ -95,8 +95,17 @@ class Runner:
             lengths=self._up(batch.lengths),
             page_table=self._up(batch.page_table),
             slots=self._up(pages * size + positions % size),
+            wanted=self._wanted(batch),
             shared=shared and Shared(*(self._up(part.numpy()) for part in shared)),
         )
+
+    def _wanted(self, batch: Batch) -> Tensor | None:
+        """Most of a prompt's tokens are computed for their keys and values alone."""
+        ends = batch.starts[1:] - 1
+        if len(ends) == len(batch.tokens):
+            return None
+        parts = ends, batch.sample_at, batch.score_at, batch.beam_at
+        return self._up(np.unique(np.concatenate(parts)).astype(np.int64))
 
     def _shared(self, batch: Batch) -> Shared | None:
         """Beams of one group, and requests with one cached prefix; on the host."""

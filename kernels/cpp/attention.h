@@ -149,7 +149,7 @@ static float shares(const Pages& a, float* s, i64 base, i64 at, i64 from, float 
         x[j] = (where <= (float)at) & (where >= (float)from) ? x[j] : all16(-INFINITY);
         peaks = peaks > x[j] ? peaks : x[j];
     }
-    float peak = largest(peaks), keep = top == -INFINITY ? 0 : std::exp(top - peak);
+    float peak = largest(peaks), keep = top == peak ? 1 : top == -INFINITY ? 0 : std::exp(top - peak);
     v16 extra = {};
     for (int j = 0; j < KEYS / LANES; j++) {
         v16 share = peak == -INFINITY ? v16{} : exp16(x[j] - peak);  // else nothing is seen yet
@@ -273,9 +273,11 @@ extern "C" void attention_f32(const float* query, const float* keys, const float
                     const float* p = partial + tasks[t].partial;
                     float weight = p[m] == -INFINITY ? 0 : std::exp(p[m] - top);
                     sum += p[M + m] * weight;
-                    for (i64 d = 0; d < dim; d++) y[d] += p[2 * M + m * dim + d] * weight;
+                    const float* part = p + 2 * M + m * dim;
+                    by16(dim, [&](auto v, i64 d) { v.put(y + d, v.get(y + d) + v.get(part + d) * weight); });
                 }
-                for (i64 d = 0; d < dim; d++) y[d] /= sum;
+                float inverse = 1 / sum;
+                by16(dim, [&](auto v, i64 d) { v.put(y + d, v.get(y + d) * inverse); });
             }
         }
     });

@@ -9,7 +9,7 @@
 static void norm_row(const float* x, const float* added, const float* weight, const float* bias,
                      float* y, float* both, i64 width, float eps, int rms) {
     if (added) {
-        for (i64 i = 0; i < width; i++) both[i] = x[i] + added[i];
+        by16(width, [&](auto v, i64 i) { v.put(both + i, v.get(x + i) + v.get(added + i)); });
         x = both;
     }
     v16 squares = {}, sums = {};
@@ -28,10 +28,10 @@ static void norm_row(const float* x, const float* added, const float* weight, co
     float square = total(squares);
     for (; i < width; i++) square += (x[i] - mean) * (x[i] - mean);
     float scale = 1 / std::sqrt(square / (float)width + eps);
-    if (bias)
-        for (i = 0; i < width; i++) y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
-    else
-        for (i = 0; i < width; i++) y[i] = (x[i] - mean) * scale * weight[i];
+    by16(width, [&](auto v, i64 i) {
+        auto found = (v.get(x + i) - mean) * scale * v.get(weight + i);
+        v.put(y + i, bias ? found + v.get(bias + i) : found);
+    });
 }
 
 extern "C" void norm_f32(const float* x, const float* added, const float* weight, const float* bias,

@@ -40,10 +40,18 @@ struct Stack {
 };
 
 struct Step {
-    const i64 *slots, *at;
+    const i64 *slots, *at, *wanted;  // tokens whose result is read, rising
     const int32_t *starts, *lengths, *table;
-    i64 tokens, rows, width, longest;
+    i64 tokens, rows, width, longest, wants;
 };
+
+// Rows that are wanted to the front, and back to their places: a row never passes another.
+static void gather_rows(float* x, const i64* wanted, i64 wants, i64 width) {
+    for (i64 i = 0; i < wants; i++) std::memmove(x + i * width, x + wanted[i] * width, width * sizeof(float));
+}
+static void scatter_rows(float* x, const i64* wanted, i64 wants, i64 width) {
+    for (i64 i = wants; i--;) std::memmove(x + wanted[i] * width, x + i * width, width * sizeof(float));
+}
 
 struct Room {  // what grows to the largest step and stays
     std::vector<float> floats;
@@ -52,7 +60,8 @@ struct Room {  // what grows to the largest step and stays
 
 extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float* added) {
     const Stack& a = *stack;
-    const i64 n = step->tokens, inner = a.layers[0].down.in, wide = a.layers[0].up.out;
+    i64 n = step->tokens;  // rows that are worked on
+    const i64 inner = a.layers[0].down.in, wide = a.layers[0].up.out;
     const i64 queries = a.heads * a.dim, keys = a.kv_heads * a.dim, widest = std::max(queries, inner);
     const i64 sizes[] = {n * a.hidden, n * (queries + 2 * keys), n * queries, n * wide, n * inner, n};
     float* part[6];
@@ -93,6 +102,11 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         attention_f32(query, l.keys, l.values, step->starts, step->lengths, step->table, l.sinks,
                       a.slopes, qkv, step->rows, step->width, a.heads, a.kv_heads, a.dim, a.page,
                       a.by_position, a.by_channel, l.window, a.scale, a.softcap, reading);
+        if (i == a.count - 1 && step->wants < n) {  // after this nobody looks at the others
+            n = step->wants;
+            gather_rows(qkv, step->wanted, n, queries);
+            gather_rows(x, step->wanted, n, a.hidden);
+        }
         product(l.out, qkv, added);
         renorm(l.out_norm);
         norm_f32(x, added, l.mlp_norm, l.mlp_norm_bias, h, x, n, a.hidden, a.eps, (int)a.rms, all);
@@ -103,5 +117,9 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
             (a.gelu ? gelu_tanh_f32 : silu_f32)(up, fed, n * inner, all);
         product(l.down, fed, added);
         renorm(l.mlp_out_norm);
+    }
+    if (n < step->tokens) {
+        scatter_rows(x, step->wanted, n, a.hidden);
+        scatter_rows(added, step->wanted, n, a.hidden);
     }
 }

@@ -22,6 +22,22 @@ static inline v16 load16(const uint16_t* p) {  // bfloat16: the upper half of a 
 }
 static inline v16 all16(float x) { return x - v16{}; }
 
+// f(v, i): sixteen numbers from i, or one of those left; v.get and v.put read and write them.
+struct Sixteen {
+    v16 get(const float* p) const { return load16(p); }
+    void put(float* p, v16 x) const { *(v16*)p = x; }
+};
+struct One {
+    float get(const float* p) const { return *p; }
+    void put(float* p, float x) const { *p = x; }
+};
+template <typename F>
+static inline void by16(i64 count, F f) {
+    i64 i = 0;
+    for (; i + 16 <= count; i += 16) f(Sixteen(), i);
+    for (; i < count; i++) f(One(), i);
+}
+
 static inline v16 exp16(v16 x) {  // Cody and Waite's reduction, a polynomial of degree 6; 2 ulp
     typedef int32_t i16x __attribute__((vector_size(64)));
     v16 floor_ = all16(-87.0f);

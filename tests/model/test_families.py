@@ -211,6 +211,10 @@ def test_packed_for_the_cpu(label: str, tmp_path: Path, monkeypatch: pytest.Monk
         assert (ours.whole is not None) == (label in IN_ONE_CALL)
         if ours.whole:
             forbid_twins(monkeypatch)
+            rows = rows_in_pages([23], [23], table)
+            rows.wanted = torch.tensor([0, 7, 22])
+            some = ours(prompt, rows, Cache(ours.config, pages, PAGE))[rows.wanted]
+            assert torch.equal(ours.logits(some), whole[rows.wanted])
         ours.whole = None  # layer by layer, the same functions run
         assert torch.equal(logits(23), whole)
 
