@@ -91,7 +91,7 @@ extern "C" void store_f32(const float* query, const float* key, const float* val
 }
 
 template <typename F>
-static void gated(const float* x, float* y, i64 rows, i64 width, int threads, F f) {
+static void gate_rows(const float* x, float* y, i64 rows, i64 width, int threads, F f) {
     i64 whole = width / 16 * 16;
     split(rows, rows * width > SMALL ? threads : 1, [=](i64 begin, i64 end) {
       for (i64 r = begin; r < end; r++) {
@@ -119,10 +119,10 @@ struct Gelu {
 };
 
 extern "C" void silu_gate_f32(const float* x, float* y, i64 rows, i64 width, int threads) {
-    gated(x, y, rows, width, threads, Silu());
+    gate_rows(x, y, rows, width, threads, Silu());
 }
 extern "C" void gelu_tanh_gate_f32(const float* x, float* y, i64 rows, i64 width, int threads) {
-    gated(x, y, rows, width, threads, Gelu());
+    gate_rows(x, y, rows, width, threads, Gelu());
 }
 
 template <typename F>

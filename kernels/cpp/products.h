@@ -92,6 +92,31 @@ static void by_tiles(i64 rows, i64 bytes, i64 out, int threads, F f) {
     });
 }
 
+// act(x Gᵀ) · x Uᵀ with W = G | U, a tile of both at a time: what is between them stays near.
+template <typename A, typename P>
+static void gated_tiles(i64 rows, i64 bytes, i64 half, int threads, float* y, A act, P product) {
+    by_tiles(rows, bytes, half, threads, [=](i64 row, i64 count, i64 first, int) {
+        float gate[ROWS * TILE], up[ROWS * TILE];
+        for (i64 r = row; r < row + count; r += ROWS) {
+            i64 some = std::min<i64>(ROWS, row + count - r);
+            product(r, some, first, gate);
+            product(r, some, half + first, up);
+            for (i64 m = 0; m < some; m++)
+                for (int j = 0; j < TILE; j += 16)
+                    *(v16*)(y + (r + m) * half + first + j) =
+                        act(load16(gate + m * TILE + j)) * load16(up + m * TILE + j);
+        }
+    });
+}
+
+template <typename W, typename A>
+static void gated_linear(const float* x, const W* packed, const float* bias, float* y, i64 rows,
+                         i64 in, i64 half, int threads, A act) {
+    gated_tiles(rows, in * sizeof(float), half, threads, y, act, [=](i64 r, i64 some, i64 first, float* to) {
+        rows_of(x + r * in, packed + first * in, bias ? bias + first : bias, to, some, in, TILE, TILE);
+    });
+}
+
 template <typename W>
 static void linear(const float* x, const W* packed, const float* bias, float* y, i64 rows, i64 in,
                    i64 out, int threads) {
@@ -182,13 +207,29 @@ static void round_row(const float* x, uint8_t* q, float* scale, i64 in, i64 padd
     for (; k < padded; k++) q[k] = 128;
 }
 
-extern "C" void linear_int8(const float* x, const int8_t* packed, const float* scales,
-                            const int32_t* wsum, const float* bias, float* y, uint8_t* q, float* xs,
-                            i64 rows, i64 in, i64 out, int threads) {
+static i64 round_rows(const float* x, uint8_t* q, float* xs, i64 rows, i64 in, int threads) {
     i64 padded = (in + 3) / 4 * 4;
     split(rows, rows * in > SMALL ? threads : 1, [=](i64 begin, i64 end) {
         for (i64 r = begin; r < end; r++) round_row(x + r * in, q + r * padded, xs + r, in, padded);
     });
+    return padded;
+}
+
+template <typename A>
+static void gated_int8(const float* x, const int8_t* packed, const float* scales, const int32_t* wsum,
+                       const float* bias, float* y, uint8_t* q, float* xs, i64 rows, i64 in, i64 half,
+                       int threads, A act) {
+    i64 padded = round_rows(x, q, xs, rows, in, threads);
+    gated_tiles(rows, padded, half, threads, y, act, [=](i64 r, i64 some, i64 first, float* to) {
+        rows_of8(q + r * padded, xs + r, packed + first * padded, scales + first, wsum + first,
+                 bias ? bias + first : bias, to, some, padded, TILE, TILE);
+    });
+}
+
+extern "C" void linear_int8(const float* x, const int8_t* packed, const float* scales,
+                            const int32_t* wsum, const float* bias, float* y, uint8_t* q, float* xs,
+                            i64 rows, i64 in, i64 out, int threads) {
+    i64 padded = round_rows(x, q, xs, rows, in, threads);
     by_tiles(rows, padded, out, threads, [=](i64 row, i64 count, i64 first, int n) {
         const float* b = bias ? bias + first : nullptr;
         rows_of8(q + row * padded, xs + row, packed + first * padded, scales + first, wsum + first,
@@ -197,6 +238,9 @@ extern "C" void linear_int8(const float* x, const int8_t* packed, const float* s
 }
 #else
 extern "C" int has_int8() { return 0; }
+template <typename A>
+static void gated_int8(const float*, const int8_t*, const float*, const int32_t*, const float*, float*,
+                       uint8_t*, float*, i64, i64, i64, int, A) {}
 extern "C" void linear_int8(const float*, const int8_t*, const float*, const int32_t*, const float*,
                             float*, uint8_t*, float*, i64, i64, i64, int) {}
 #endif

@@ -76,9 +76,11 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
     float *h = part[0], *qkv = part[1], *query = part[2], *up = part[3], *fed = part[4], *scales = part[5];
     const int all = (int)a.threads;
 
+    auto crew = [&](const Product& w) {
+        return (int)std::min<i64>(all, 1 + std::max(n, a.reading) * w.in * w.out / a.grain);
+    };
     auto product = [&](const Product& w, const float* from, float* to) {
-        i64 work = std::max(n, a.reading) * w.in * w.out;
-        int threads = (int)std::min<i64>(all, 1 + work / a.grain);
+        int threads = crew(w);
         if (w.kind == 2)
             linear_int8(from, (const int8_t*)w.values, w.scales, w.sums, w.bias, to,
                         room.bytes.data(), scales, n, w.in, w.out, threads);
@@ -86,6 +88,18 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
             linear_bf16(from, (const uint16_t*)w.values, w.bias, to, n, w.in, w.out, threads);
         else
             linear_f32(from, (const float*)w.values, w.bias, to, n, w.in, w.out, threads);
+    };
+    auto gated = [&](const Product& w, auto act) {  // h -> fed
+        if (w.out / 2 % TILE) {  // halves that begin within a tile
+            product(w, h, up);
+            gate_rows(up, fed, n, inner, all, act);
+        } else if (w.kind == 2)
+            gated_int8(h, (const int8_t*)w.values, w.scales, w.sums, w.bias, fed, room.bytes.data(),
+                       scales, n, w.in, inner, crew(w), act);
+        else if (w.kind == 1)
+            gated_linear(h, (const uint16_t*)w.values, w.bias, fed, n, w.in, inner, crew(w), act);
+        else
+            gated_linear(h, (const float*)w.values, w.bias, fed, n, w.in, inner, crew(w), act);
     };
     auto renorm = [&](const float* weight) {
         if (weight) norm_f32(added, nullptr, weight, nullptr, added, nullptr, n, a.hidden, a.eps, 1, all);
@@ -110,11 +124,12 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         product(l.out, qkv, added);
         renorm(l.out_norm);
         norm_f32(x, added, l.mlp_norm, l.mlp_norm_bias, h, x, n, a.hidden, a.eps, (int)a.rms, all);
-        product(l.up, h, up);
         if (a.gated)
-            (a.gelu ? gelu_tanh_gate_f32 : silu_gate_f32)(up, fed, n, inner, all);
-        else
+            a.gelu ? gated(l.up, Gelu()) : gated(l.up, Silu());
+        else {
+            product(l.up, h, up);
             (a.gelu ? gelu_tanh_f32 : silu_f32)(up, fed, n * inner, all);
+        }
         product(l.down, fed, added);
         renorm(l.mlp_out_norm);
     }
