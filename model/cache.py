@@ -27,9 +27,9 @@ class Rows:
     lengths: Tensor = NOTHING  # [rows] int32, context with this step's tokens
     page_table: Tensor = NOTHING  # [rows, widest] int32
     slots: Tensor = NOTHING  # [tokens] int64: page · page size + offset, where each token goes
+    shared: Shared | None = None  # rows whose first pages are read once for all
     wanted: Tensor | None = None  # [wanted] int64, rising: tokens whose hidden state will be read;
     # those of others may be left unfinished. None: all
-    shared: Shared | None = None  # rows whose first pages are read once for all
 
     @staticmethod
     def alone(counts: list[int], device: torch.device | str = "cpu") -> "Rows":
