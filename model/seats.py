@@ -91,7 +91,7 @@ class Seats:
 
     def _take_edits(self, taken: Seat) -> None:
         sampling = taken.sampling
-        bans = [word[0] for word in sampling.bad_words if len(word) == 1]
+        bans = [w[0] for w in sampling.bad_words if len(w) == 1 and w[0] < self.vocabulary]
         stops = list(sampling.stops) if sampling.min_tokens else []
         ids = [*sampling.logit_bias, *bans, *stops]
         added = [*sampling.logit_bias.values(), *[-np.inf] * (len(bans) + len(stops))]

@@ -113,11 +113,12 @@ class BadWords:
 def _bad_words(request: Request, vocabulary: int) -> BadWords | None:
     """Those of one token are banned for good, and the model does that by itself."""
     words = [word for word in request.sampling.bad_words if len(word) > 1]
+    if words and not vocabulary:
+        raise ValueError("vocabulary is 0 in the engine's options: it must be known to ban words")
+    words = [word for word in words if max(word) < vocabulary]  # others cannot be said anyway
     if not words:
         return None
-    if not vocabulary:
-        raise ValueError("vocabulary is 0 in the engine's options: it must be known to ban words")
-    mask = BadWords([word for word in words if word[-1] < vocabulary], vocabulary)
+    mask = BadWords(words, vocabulary)
     for token in request.prompt[-max(map(len, words)) :]:
         mask.push(token)
     return mask

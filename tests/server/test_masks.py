@@ -374,8 +374,11 @@ def test_a_step_that_fails_leaves_masks_where_they_were(
         assert [c.tokens for c in said[id].choices] == [c.tokens for c in event.choices]
 
 
-def test_words_that_cannot_be_said_ban_nothing(pairs: list[Pair]) -> None:
-    sampling = Sampling(temperature=0, bad_words=((3, 99_999), (99_999, 3)))
+@pytest.mark.parametrize("words", [((3, 99_999), (99_999, 3)), ((3, 99_999),), ((99_999,),)])
+def test_words_that_cannot_be_said_ban_nothing(
+    pairs: list[Pair], words: tuple[tuple[int, ...], ...]
+) -> None:
+    sampling = Sampling(temperature=0, bad_words=words)
     engine = engine_of(pairs[0][1])
     request = Request(id="1", prompt=[1, 3], max_tokens=5, sampling=sampling)
     free = Request(id="2", prompt=[1, 3], max_tokens=5, sampling=Sampling(temperature=0))
