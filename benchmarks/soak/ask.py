@@ -18,6 +18,7 @@ class Said:
 
     status: int = 0
     text: str = ""
+    tokens: int = 0  # as far as ids were asked for
     done: bool = False  # [DONE] came, or the plain answer was whole
     error: str = ""
     seconds: float = 0.0
@@ -63,6 +64,7 @@ def _read(said: Said, data: bytes) -> None:
                 said.error = body["error"]["code"]
             for choice in body.get("choices", ()):
                 said.text += choice["text"]
+                said.tokens += len(choice.get("token_ids") or ())
 
 
 async def until(look: Callable[[], Awaitable[float]], value: float) -> float:
