@@ -141,7 +141,7 @@ class Graphs:
         shared: Shared | None,
     ) -> Found:
         tokens, seats, positions, lengths, slots, bits = numbers.unbind()
-        rows = Rows(positions, starts, 1, reach, lengths.int(), table, slots, shared)
+        rows = Rows(positions, starts, 1, reach, lengths.int(), table, slots=slots, shared=shared)
         tokens = torch.where(tokens < 0, self.last[seats], tokens)
         hidden = self.decoder(tokens, rows, self.cache)
         logits = self.decoder.logits(hidden)

@@ -80,7 +80,11 @@ class Sampled(Strict):
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
     stop_token_ids: Ids = []
-    bad_words: Annotated[Short, capped("stop_ids")] = []
+    bad_words: Annotated[
+        Short,
+        capped("stop_ids"),
+        Field(description="As they are spelled in tokens; the same text in others may come."),
+    ] = []
     allowed_token_ids: Annotated[list[int], FIRST, Field(min_length=1), Known] | None = None
     prompt_logprobs: Shown | None = None
     return_token_ids: bool = False
