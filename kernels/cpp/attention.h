@@ -242,11 +242,12 @@ extern "C" void attention_f32(const float* query, const float* keys, const float
                 int count = std::min(each, total - first), end = before + first + count;
                 int low = window ? std::max<int>(0, before + first - (int)window + 1) : 0;
                 sets.push_back(tasks.size());
-                for (int begin = low / SPAN * SPAN; begin < end; begin += SPAN) {
+                int begin = low / SPAN * SPAN;
+                do {  // once for a row that sees nothing, too: its result is zero
                     int from = std::max(begin, low / KEYS * KEYS);
                     tasks.push_back({r, head, first, count, from, std::min(begin + SPAN, end), size});
                     size += (i64)count * group * (dim + 2);
-                }
+                } while ((begin += SPAN) < end);
             }
     }
     sets.push_back(tasks.size());
@@ -276,7 +277,7 @@ extern "C" void attention_f32(const float* query, const float* keys, const float
                     const float* part = p + 2 * M + m * dim;
                     by16(dim, [&](auto v, i64 d) { v.put(y + d, v.get(y + d) + v.get(part + d) * weight); });
                 }
-                float inverse = 1 / sum;
+                float inverse = sum == 0 ? 0 : 1 / sum;
                 by16(dim, [&](auto v, i64 d) { v.put(y + d, v.get(y + d) * inverse); });
             }
         }

@@ -128,6 +128,7 @@ ATTENTION: list[tuple[list[int], list[int], tuple[int, int], int, int, dict[str,
         {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0]), "window": 100},
     ),
     ([4], [20], (40, 1), 256, 64, {}),
+    ([0, 2, 1, 0, 1], [0, 2, 0, 5, 64], (4, 2), 16, 16, {}),  # the third is padding
 ]
 
 
