@@ -2,7 +2,6 @@
 
 import json
 import random
-import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -15,12 +14,6 @@ from tokenizers import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 PATIENCE = 600.0
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 class Server:

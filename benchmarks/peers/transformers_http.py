@@ -6,7 +6,8 @@ from pathlib import Path
 
 from benchmarks.peers import CONTEXT, STREAMS
 from benchmarks.peers.continuous import PAGE
-from benchmarks.peers.over_http import Server, free_port
+from benchmarks.peers.over_http import Server
+from benchmarks.served import free_port
 
 
 class Peer(Server):
