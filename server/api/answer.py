@@ -81,7 +81,7 @@ class Branch:
     def __init__(self, asked: Asked, index: int) -> None:
         self._asked = asked
         self._index = index
-        self._begun = False
+        self.begun = False
         self._said = 0  # bytes of text given out
         self._spelled = 0  # bytes of the tokens that came
         self._held: list[tuple[int, Token]] = []  # where it begins in these bytes
@@ -92,7 +92,7 @@ class Branch:
 
     def echo(self, text: str, tokens: list[Token]) -> Delta:
         """The prompt itself, before anything is made."""
-        self._begun = True
+        self.begun = True
         for token in tokens:
             self._place(token)
         self._offset = len(text)
@@ -101,7 +101,7 @@ class Branch:
 
     def push(self, choice: Choice) -> Delta:
         delta = Delta(self._index, choice.text, finish=choice.finish, stop=choice.stop)
-        delta.first, self._begun = not self._begun, True
+        delta.first, self.begun = not self.begun, True
         self.length += len(choice.tokens)
         if choice.logprobs:
             self.logprob += sum(choice.logprobs)
@@ -174,6 +174,21 @@ class Answer:
         self.branches = [Branch(asked, i) for i in range(len(asked.prompts) * asked.best_of)]
         self._open = [set(range(asked.best_of)) for _ in asked.prompts]
         self._new = [True] * len(asked.prompts)
+        self._texts = asked.top is None and not asked.body.return_token_ids  # text is all it shows
+
+    def word(self, number: int, event: Event) -> tuple[int, str] | None:
+        """Which choice went on, and its new text, when an event says no more, as most do. What it
+        says otherwise is left for `push`."""
+        if event.done or len(event.choices) != 1 or not self._texts:
+            return None
+        choice = event.choices[0]
+        index = number * self.asked.best_of + choice.index
+        branch = self.branches[index]
+        if choice.finish or not choice.text or not branch.begun:
+            return None
+        branch.length += len(choice.tokens)
+        self.usage.completion += len(choice.tokens)
+        return index, choice.text
 
     def push(self, number: int, event: Event) -> list[Delta]:
         """What an event of one prompt adds."""

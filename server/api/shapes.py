@@ -33,11 +33,15 @@ class Shape:
         return self._body(self.whole, choices) | usage | self._once(wholes[0])
 
     def chunk(self, delta: Delta) -> bytes:
-        """One choice's news, as an SSE event. Most are text alone: only that is new then."""
-        if not delta.plain or (self.options and self.options.continuous_usage_stats):
-            return self._chunk(delta)
-        mould = self._moulds.get(delta.index) or self._mould(delta.index)
-        return mould[0] + encode(delta.text) + mould[1]
+        """One choice's news, as an SSE event."""
+        return self.word(delta.index, delta.text) if delta.plain else self._chunk(delta)
+
+    def word(self, index: int, text: str) -> bytes:
+        """The event of text alone, which most are: nothing else in it changes."""
+        if self.options and self.options.continuous_usage_stats:
+            return self._chunk(Delta(index, text))
+        before, after = self._moulds.get(index) or self._mould(index)
+        return before + encode(text) + after
 
     def _mould(self, index: int) -> tuple[bytes, bytes]:
         before, _, after = self._chunk(Delta(index, MARK)).partition(encode(MARK))

@@ -73,8 +73,8 @@ class Reply(Response):
         """Whether what is heard may go out in the same breath."""
         raise NotImplementedError
 
-    def say(self, one: Event, deltas: list[Delta]) -> bytes:
-        """What an event adds to the body that is going out."""
+    def say(self, number: int, one: Event) -> bytes:
+        """What an event of a prompt adds to the body that is going out."""
         raise NotImplementedError
 
     async def words(self) -> AsyncGenerator[bytes, None]:
@@ -109,18 +109,16 @@ class Reply(Response):
             return  # the task is awake and will see it
         try:
             if self.open:
-                self._pass_on(self._hear(number, inbox))
+                data = self._hear(number, inbox)
+                if data and self.pipe is not None:
+                    self.pipe.send(data)
+                    self._said = self._loop.time()
                 if self._inboxes:
                     return
             woken.set_result(None)
         except Exception as error:
             woken.set_exception(error)
             woken.exception()  # seen: the task may have left meanwhile
-
-    def _pass_on(self, data: bytes) -> None:
-        if data and self.pipe is not None:
-            self.pipe.send(data)
-            self._said = self._loop.time()
 
     def _hear(self, number: int, inbox: Inbox) -> bytes:
         """What is to be sent of what is new."""
@@ -132,7 +130,7 @@ class Reply(Response):
         if one.done:
             del self._inboxes[number]
         self.meter.event(one)
-        return self.say(one, self.answer.push(number, one))
+        return self.say(number, one)
 
 
 def _end(waiting: "asyncio.Future[None]") -> None:
@@ -149,8 +147,8 @@ class Plain(Reply):
         super().__init__(front, answer, shape, meter)
         self._deltas: list[Delta] = []
 
-    def say(self, one: Event, deltas: list[Delta]) -> bytes:  # noqa: ARG002
-        self._deltas += deltas
+    def say(self, number: int, one: Event) -> bytes:
+        self._deltas += self.answer.push(number, one)
         return b""
 
     async def answer_to(self, receive: Receive, send: Send) -> None:
@@ -175,8 +173,11 @@ class Stream(Reply):
     def open(self) -> bool:
         return self.begun and self.pipe is not None and self.pipe.flows
 
-    def say(self, one: Event, deltas: list[Delta]) -> bytes:
-        said = b"".join([self.shape.chunk(delta) for delta in deltas])
+    def say(self, number: int, one: Event) -> bytes:
+        word = self.answer.word(number, one) if self.tree is None else None
+        if word is not None:
+            return self.shape.word(*word)
+        said = b"".join([self.shape.chunk(delta) for delta in self.answer.push(number, one)])
         return self.tree.of(one) + said if self.tree else said
 
     async def answer_to(self, receive: Receive, send: Send) -> None:

@@ -18,6 +18,7 @@ from server.api.answer import Answer, Delta
 from server.api.schema import ChatBody, CompletionBody
 from server.api.shapes import ChatShape, CompletionShape, Shape
 from server.config import Settings
+from server.engine.request import Choice, Event
 from server.protocol import Guarded
 from tests.server.fakes import FakeEngine
 from tests.server.rig import Rig, front, read_all, running
@@ -119,6 +120,16 @@ def test_a_bug_in_mid_stream_ends_that_stream_alone(
 
 
 FRONT = front(Settings(), FakeEngine())
+CHOICES = st.builds(
+    Choice,
+    index=st.integers(0, 1),
+    tokens=st.lists(st.integers(0, 9), max_size=2),
+    text=st.sampled_from(["", "a", "é\n"]),
+    finish=st.sampled_from([None, None, None, "stop"]),
+)
+EVENTS = st.lists(
+    st.lists(CHOICES, max_size=2, unique_by=lambda one: one.index), min_size=1, max_size=8
+)
 MOULDS = st.fixed_dictionaries(
     {},
     optional={
@@ -129,6 +140,32 @@ MOULDS = st.fixed_dictionaries(
 )
 
 
+def completion(fields: dict[str, Any]) -> CompletionShape:
+    assert FRONT.served is not None
+    body, _ = FRONT.parse(FRONT.served, CompletionBody, {"prompt": "Hi", "stream": True} | fields)
+    return CompletionShape(Answer(ask.completion(FRONT.served, body, "id", "")), 1)
+
+
+@settings(deadline=None)
+@given(EVENTS, st.sampled_from([{}, {"return_token_ids": True}, {"logprobs": 0}, {"echo": True}]))
+def test_a_word_is_all_that_its_event_says(
+    said: list[list[Choice]], fields: dict[str, Any]
+) -> None:
+    quick, whole = completion({"n": 2} | fields), completion({"n": 2} | fields)
+    for number, choices in enumerate(said):
+        for choice in choices:
+            choice.logprobs = [-1.0] * len(choice.tokens)
+        event = Event(id="id", choices=choices, done=number == len(said) - 1)
+        word = quick.answer.word(0, event)
+        deltas = (quick if word is None else whole).answer.push(0, event)
+        if word is None:
+            assert whole.answer.push(0, event) == deltas
+        else:
+            assert quick.word(*word) == b"".join(map(whole.chunk, deltas))
+    assert quick.answer.usage == whole.answer.usage
+    assert [b.length for b in quick.answer.branches] == [b.length for b in whole.answer.branches]
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=4), MOULDS, st.booleans())
 def test_a_chunk_from_the_mould_is_the_chunk(
@@ -136,14 +173,13 @@ def test_a_chunk_from_the_mould_is_the_chunk(
 ) -> None:
     assert FRONT.served is not None
     messages = [{"role": "user", "content": "Hi"}]
-    sent = {"stream": True} | ({"messages": messages} if chat else {"prompt": "Hi"}) | fields
     shape: Shape
     if chat:
+        sent = {"stream": True, "messages": messages} | fields
         talk, _ = FRONT.parse(FRONT.served, ChatBody, sent)
         shape = ChatShape(Answer(ask.chat(FRONT.served, talk, "id", "")), 1)
     else:
-        body, _ = FRONT.parse(FRONT.served, CompletionBody, sent)
-        shape = CompletionShape(Answer(ask.completion(FRONT.served, body, "id", "")), 1)
+        shape = completion(fields)
     for index, text in enumerate(texts):
         delta = Delta(index % 2, text)
         assert delta.plain
