@@ -14,7 +14,8 @@ from benchmarks.soak.fuzz import fuzz
 from benchmarks.soak.health import healthy
 from benchmarks.soak.keys import auth
 from benchmarks.soak.leak import leaks
-from benchmarks.soak.load import cancels, overload, slow, streams
+from benchmarks.soak.leaving import cancels
+from benchmarks.soak.load import overload, slow, streams
 from benchmarks.soak.starts import starts
 
 GOALS: dict[str, Callable[[argparse.Namespace], Awaitable[Row]]] = {

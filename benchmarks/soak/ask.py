@@ -78,11 +78,20 @@ async def until(look: Callable[[], Awaitable[float]], value: float) -> float:
 def row(goal: str, about: str, good: bool, found: dict[str, Any], health: list[float]) -> Row:
     """`health`: how long each answer about health took meanwhile."""
     told = ", ".join(f"{name} {value}" for name, value in found.items())
-    slowest = [round(1000 * part, 1) for part in _worst(health)] if health else [None, None]
+    worst = (percentile(health, 0.99), max(health)) if health else (None, None)
+    slowest = [seconds and round(1000 * seconds, 1) for seconds in worst]
     seen = dict(zip(("health_p99_ms", "health_max_ms"), slowest, strict=True))
     return {"goal": goal, "about": about, "met": str(good), "found": told, **seen}
 
 
-def _worst(seconds: list[float]) -> tuple[float, float]:
-    """The 99th percentile and the maximum."""
-    return sorted(seconds)[int(len(seconds) * 0.99)], max(seconds)
+def percentile(seconds: list[float], share: float) -> float:
+    return sorted(seconds)[int(len(seconds) * share)]
+
+
+def waits(**seconds: list[float]) -> Row:
+    """Median and 99th percentile of each, in milliseconds."""
+    told = {}
+    for name, some in seconds.items():
+        half, most = (round(percentile(some, share) * 1000) for share in (0.5, 0.99))
+        told[f"{name}_ms"] = f"{half} (p99 {most})"
+    return told

@@ -1,21 +1,18 @@
-"""G2, G3, G7, G8: many streams, clients that leave, clients that are slow, and too many."""
+"""G2, G7, G8: many streams, clients that are slow, and too many."""
 
 import argparse
 import asyncio
 import json
-import random
 import socket
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 from benchmarks.served import HEAD, served
-from benchmarks.soak.ask import Row, Said, ask, row, until
+from benchmarks.soak.ask import Row, Said, ask, row, until, waits
 from benchmarks.soak.health import health
-from benchmarks.soak.neighbour import TOKENS, neighbour
+from benchmarks.soak.neighbour import neighbour
 
-MADE = "vllm:generation_tokens_total"
 DEAF: dict[str, Any] = {
     "prompt": "x",
     "stream": True,
@@ -37,70 +34,6 @@ async def streams(asked: argparse.Namespace) -> Row:
         failed = sum(not one.done for one in said)
         found = {"streams": count, "failed": failed, "texts": len(texts)}
     return row("G2", "streams at once", good, found, seen)
-
-
-async def cancels(asked: argparse.Namespace) -> Row:
-    """G3: clients that leave; nothing stays behind, and the others hardly notice.
-
-    500 clients a second are a load, whether they leave or not: the others' time beside as many who
-    ask for what those who leave got, and stay, tells how much of it is the leaving.
-    """
-    async with served(asked) as one, health(one) as seen:
-        async with neighbour(one) as alone:
-            await asyncio.sleep(2)
-        made, before = await one.metric(MADE), one.computed()
-        async with neighbour(one) as others:
-            left = await _crowd(one.port, asked, _leaving)
-            gone = time.monotonic()
-        back = await until(lambda: one.metric('pages{state="live"'), 0) - gone
-        running = await one.metric("vllm:num_requests_running")
-        count, got = len(left), sum(said.tokens for said in left)
-        made = await one.metric(MADE) - made - TOKENS * len(others)
-        wasted = max(0, made - got) / (200 * count)
-        front, engine = (now - then for now, then in zip(one.computed(), before, strict=True))
-        each = max(1, round(made / count))
-        async with neighbour(one) as beside:
-            await _crowd(one.port, asked, lambda _: {"max_tokens": each})
-        found = {
-            "cancels": count,
-            "front_cpu_ms": round(front / count * 1000, 2),
-            "engine_cpu_ms": round(engine / count * 1000, 2),
-            "wasted": round(wasted, 3),
-            "left": running,
-            "back_s": round(back, 2),
-        }
-        found |= _waits(alone=alone, others=others, beside_stayers=beside)
-        good = running == 0 and back < 1 and wasted < 0.1
-        good = good and _p99(others) < 2 * _p99(alone)
-    return row("G3", "clients that leave", good, found, seen)
-
-
-def _leaving(rng: random.Random) -> dict[str, Any]:
-    return {"leave": rng.uniform(0, 0.2), "return_token_ids": True}
-
-
-async def _crowd(
-    port: int, asked: argparse.Namespace, how: Callable[[random.Random], dict[str, Any]]
-) -> list[Said]:
-    """So many newcomers a second, for so long."""
-    rng, tasks, end = random.Random(1), [], time.monotonic() + asked.seconds
-    while time.monotonic() < end:
-        some = [{"max_tokens": 200} | how(rng) for _ in range(asked.rate // 20)]
-        tasks += [asyncio.create_task(ask(port, **one)) for one in some]
-        await asyncio.sleep(0.05)
-    return await asyncio.gather(*tasks)
-
-
-def _p99(seconds: list[float]) -> float:
-    return sorted(seconds)[int(len(seconds) * 0.99)]
-
-
-def _waits(**seconds: list[float]) -> Row:
-    """Median and 99th percentile of each, in milliseconds."""
-    return {
-        f"{name}_ms": f"{statistics.median(some) * 1000:.0f} (p99 {_p99(some) * 1000:.0f})"
-        for name, some in seconds.items()
-    }
 
 
 async def slow(asked: argparse.Namespace) -> Row:
@@ -138,7 +71,7 @@ async def slow(asked: argparse.Namespace) -> Row:
         cut = await one.metric("requests_aborted_total") - gone
         found = {"others_x": round(ratio, 2), "closed_s": round(closed, 1)}
         found |= {"unread_ended_s": round(ended, 1), "unread_cut": cut}
-        found |= _waits(alone=alone, others=others, beside_readers=beside)
+        found |= waits(alone=alone, others=others, beside_readers=beside)
     good = closed < 31 and ended < 31 and cut >= len(unread) and ratio < 3
     return row("G7", "slow clients", good, found, seen)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.soak.ask import ask, row
+from benchmarks.soak.crowd import crowd, leavers, stayers
 from benchmarks.soak.health import healthy
 from benchmarks.soak.keys import application, bypasses, routes
 from benchmarks.soak.leak import slopes
@@ -52,6 +53,20 @@ def test_an_answer_is_read_from_the_wire() -> None:
         refused = asyncio.run(ask(rig.port, max_tokens=-1))
         assert (refused.status, refused.error) == (400, "invalid_value")
     assert asyncio.run(ask(rig.port)).error == "ConnectionRefusedError"
+
+
+def test_a_crowd_leaves_stays_or_is_failed() -> None:
+    with running() as rig:
+        stayed = stayers(rig.port, 0, 3)
+        assert (stayed.clients, stayed.tokens, stayed.failed) == (3, 3 * 200, 0)
+        rig.engine.delay = 0.05
+        left = asyncio.run(crowd(leavers, rig.port, 0.5, 40, 0.2))
+        assert (left.clients, left.failed) == (20, 0)
+        assert left.tokens < 20 * 200
+        rig.engine.delay, rig.engine.fail_at = 0.0, 2
+        assert stayers(rig.port, 0, 3).failed == 3
+    with pytest.raises(ConnectionRefusedError):
+        stayers(rig.port, 0, 1)
 
 
 def test_every_route_of_the_application_is_tried() -> None:
