@@ -3,9 +3,9 @@
     leavers   so many newcomers a second, each of whom hangs up at any moment of its own
     stayers   so many at once, each of whom is followed by another when it has all that it asked for
 
-The kernel keeps what a client is sent until it leaves, or all is there. So a client costs 0.15 ms
-instead of the 1 ms of one that reads each token, and the load is the server's. From a process of
-its own, which prints what they got as JSON.
+The kernel keeps what a client is sent until it leaves, or all is there. So a client costs 0.2 ms,
+and not 0.05 ms more a token as one that reads each of them: the load is the server's. From a
+process of its own, which prints what they got as JSON.
 """
 
 import asyncio
