@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -83,7 +84,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 process_group=0,  # a Ctrl-C in the terminal is for the front alone
             )
-        self.writer: asyncio.StreamWriter | None = None
+        self.line: asyncio.Transport | None = None
         self.blueprint = blueprint
         self.ready = False
         self.last_words: Dead | None = None
@@ -94,42 +95,74 @@ class Child:
 
     async def listen(self, hear: Hear) -> None:
         """Pass on what it says until its end of the line is closed."""
-        reader, self.writer = await asyncio.open_unix_connection(sock=self.socket)
+        loop, ear = asyncio.get_running_loop(), Ear(partial(hear, self))
+        self.line, _ = await loop.create_unix_connection(lambda: ear, sock=self.socket)
         self.send(self.blueprint)
-        frames = to_front()
         try:
-            while data := await reader.read(1 << 20):
-                for message in frames.feed(data):
-                    hear(self, message)
-                    await asyncio.sleep(0)  # let readers read: we may lag, and they not
-        except (ConnectionError, msgspec.MsgspecError):
-            log.exception("The engine's line broke")
+            await ear.over
         finally:
-            self.writer.close()
+            self.line.close()
 
     def send(self, message: ToEngine) -> None:
-        if self.writer is not None and not self.writer.is_closing():
-            self.writer.write(frame(message))
+        if self.line is not None and not self.line.is_closing():
+            self.line.write(frame(message))
 
     async def end(self, seconds: float) -> int:
         """Hang up, wait, and kill it if that does not help; its exit status."""
-        if self.writer is None:  # it has not even heard what to build
+        if self.line is None:  # it has not even heard what to build
             self.kill()
         else:
-            self.writer.close()
+            self.line.close()
         until = time.monotonic() + seconds
         while self._process.poll() is None and time.monotonic() < until:
             await asyncio.sleep(0.02)
         self.kill()
         while (status := self._process.poll()) is None:
             await asyncio.sleep(0.02)
-        if self.writer is None:
+        if self.line is None:
             self.socket.close()
         return status
 
     def kill(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
+
+
+class Ear(asyncio.Protocol):
+    """Hears a message in the breath in which it comes. Where we lag, it hears one a turn of the
+    event loop, so that readers get to read between two steps, and the engine is kept waiting."""
+
+    def __init__(self, hear: Callable[[ToFront], None]) -> None:
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._hear = hear
+        self._frames = to_front()
+        self._heard: deque[ToFront] = deque()
+
+    def connection_made(self, line: asyncio.Transport) -> None:  # type: ignore[override]
+        self._line = line
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._heard += self._frames.feed(data)
+            if self._heard:
+                self._hear(self._heard.popleft())
+        except Exception:
+            log.exception("The engine's line broke")
+            self._line.abort()
+        if self._heard:
+            self._line.pause_reading()
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if not self._line.is_closing():
+            self._line.resume_reading()
+            self.data_received(b"")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if error is not None:
+            log.error("The engine's line broke: %s", error)
+        if not self.over.done():
+            self.over.set_result(None)
 
 
 class Client:

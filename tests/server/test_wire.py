@@ -1,6 +1,10 @@
 """What lies between the front and the engine: frames, joined events, unread output, the heart."""
 
+import asyncio
+import socket
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import pairwise
 
 import pytest
@@ -11,9 +15,20 @@ from msgspec.structs import asdict
 
 from server.engine.fold import join
 from server.engine.heart import FLOOR, UNSEEN, Heart, Pace
+from server.engine.process import Ear
 from server.engine.registry import Registry
 from server.engine.request import Beams, Choice, Event, Request, Stats
-from server.engine.wire import Ask, Cancel, Step, Submit, ToEngine, frame, to_engine, to_front
+from server.engine.wire import (
+    Ask,
+    Cancel,
+    Step,
+    Submit,
+    ToEngine,
+    ToFront,
+    frame,
+    to_engine,
+    to_front,
+)
 from server.errors import Duplicate, EngineDown
 
 MESSAGES: list[ToEngine] = [
@@ -115,6 +130,61 @@ def test_a_reader_finds_everything_since_in_one_event() -> None:
     assert event.choices[0].tokens == [1, 2]
     assert inbox.take() is None
     assert registry.unread == 0
+
+
+@asynccontextmanager
+async def listening(ear: Ear) -> AsyncIterator[socket.socket]:
+    """The engine's end of a line that this ear is at."""
+    ours, theirs = socket.socketpair()
+    line, _ = await asyncio.get_running_loop().create_unix_connection(lambda: ear, sock=ours)
+    with theirs:
+        theirs.setblocking(False)
+        yield theirs
+    line.close()
+
+
+def test_steps_that_come_at_once_are_heard_one_by_one() -> None:
+    """The front lagged, not this reader, who keeps up when it is let."""
+    registry, late = Registry(2), list[str]()
+    said = [say("a", token, done=token == 999) for token in range(1000)]
+
+    def hear(message: ToFront) -> None:
+        assert isinstance(message, Step)
+        late.extend(registry.deliver(message.events))
+
+    async def read() -> list[int]:
+        inbox, woken, tokens = registry.open("a"), asyncio.Event(), list[int]()
+        inbox.wake = woken.set
+        while not inbox.done:
+            await woken.wait()
+            woken.clear()
+            event = inbox.take()
+            assert event is not None
+            tokens += event.choices[0].tokens
+        return tokens
+
+    async def run() -> list[int]:
+        async with listening(Ear(hear)) as theirs:
+            data = b"".join(frame(Step([event], Stats())) for event in said)
+            sending = asyncio.get_running_loop().sock_sendall(theirs, data)
+            return (await asyncio.gather(read(), sending))[0]
+
+    assert asyncio.run(run()) == list(range(1000))
+    assert late == []
+
+
+@pytest.mark.parametrize("data", [frame(Step([], Stats())), frame(Cancel("a"))])
+def test_the_line_ends_with_what_cannot_be_heard(data: bytes) -> None:
+    async def run() -> None:
+        def hear(message: ToFront) -> None:
+            raise RuntimeError("a bug")
+
+        ear = Ear(hear)
+        async with listening(ear) as theirs:
+            await asyncio.get_running_loop().sock_sendall(theirs, 3 * data)
+            await asyncio.wait_for(ear.over, 20)
+
+    asyncio.run(run())
 
 
 def test_who_lags_too_far_is_cut_off_once() -> None:
