@@ -59,8 +59,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "linear_f32": [P] * 4 + [I64] * 3 + [C],
     "linear_bf16": [P] * 4 + [I64] * 3 + [C],
     "linear_int8": [P] * 8 + [I64] * 3 + [C],
-    "attention_f32": [P] * 9 + [I64] * 9 + [F32] * 2 + [C],
-    "store_f32": [P] * 11 + [I64] * 11 + [F32] + [C] * 2,
+    "attention_f32": [P] * 9 + [I64] * 10 + [F32] * 2 + [C],
+    "store_f32": [P] * 11 + [I64] * 12 + [F32] + [C] * 2,
     "norm_f32": [P] * 6 + [I64] * 2 + [F32] + [C] * 2,
     "silu_gate_f32": [P] * 2 + [I64] * 2 + [C],
     "gelu_tanh_gate_f32": [P] * 2 + [I64] * 2 + [C],
@@ -221,17 +221,18 @@ def attention(
     slopes: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """As `kernels.attention`, in float32."""
+    """As `kernels.attention`, of pages of float32; or of bfloat16, in which it multiplies then."""
     (heads, dim), (kv_heads, page) = query.shape[1:], keys.shape[1:3]
     out = torch.empty(query.shape)
     table = page_table.contiguous()
     where = starts, lengths, table
-    sizes = len(lengths), table.shape[1], heads, kv_heads, dim, page, *keys.stride()[2:], window
+    sizes = len(lengths), table.shape[1], heads, kv_heads, dim, page, *keys.stride()[2:]
     work = 16 * int(lengths.max()) * query.numel()
     _call(
         "attention_f32",
         work,
-        *(query.contiguous(), keys, values, *where, sinks, slopes, out, *sizes, scale, softcap),
+        *(query.contiguous(), keys, values, *where, sinks, slopes, out, *sizes),
+        *(window, keys.itemsize, scale, softcap),
     )
     return out
 
@@ -252,7 +253,7 @@ def store(
     eps: float = 1e-6,
     **_: Any,
 ) -> Tensor:
-    """As `kernels.pages.store`, in float32."""
+    """As `kernels.pages.store`, into pages of float32 or bfloat16."""
     tokens, heads, dim = query.shape
     out = torch.empty(tokens, heads, dim)
     steps = query.stride(0), key.stride(0), value.stride(0)
@@ -263,7 +264,7 @@ def store(
         query.numel() * 64,
         *(query, key, value, keys, values, slots, table, at, query_norm, key_norm, out, tokens),
         *(*steps, heads, keys.shape[1], dim, keys.shape[2], *keys.stride()[2:]),
-        *(pairs, eps, int(interleaved)),
+        *(keys.itemsize, pairs, eps, int(interleaved)),
     )
     return out
 
@@ -334,21 +335,22 @@ def top(
 def _attention_way(*args: Tensor, **how: Any) -> Tensor:
     query, keys = args[:2]
     small = keys.shape[3] <= 256 and query.shape[1] // keys.shape[1] <= 128  # MOST and DIM
-    if not _floats(query, keys) or not small or how.get("key_scales") is not None:
+    if not _floats(query) or not small or not reads_pages(keys):
         return KERNELS["attention"].twin(*args, **how)
     return attention(*args, **how)
 
 
 def _store_way(*args: Tensor, **how: Any) -> Tensor:
     together = all(part.stride(-1) == 1 and part.stride(1) == part.shape[2] for part in args[:3])
-    if (
-        not _floats(*args[:5])
-        or not together
-        or args[0].shape[2] > 256
-        or how.get("key_scales") is not None
-    ):
+    if not _floats(*args[:3]) or not together or args[0].shape[2] > 256 or not reads_pages(args[3]):
         return KERNELS["store"].twin(*args, **how)
     return store(*args, **how)
+
+
+def reads_pages(keys: Tensor) -> bool:
+    """Whether C++ reads such pages: float32 as it lies, bfloat16 in whole registers."""
+    across = keys.stride(2) == 1 and keys.shape[2] % 16 == 0 and keys.shape[3] % 16 == 0
+    return keys.dtype == torch.float32 or (keys.dtype == torch.bfloat16 and across)
 
 
 def _norm_way(name: str, *args: Any) -> Any:

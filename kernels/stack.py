@@ -40,7 +40,7 @@ class _Stack(ctypes.Structure):
     _fields_ = (
         *((name, P) for name in ("layers", "slopes")),
         *((name, I64) for name in ("count", "hidden", "heads", "kv_heads", "dim", "page")),
-        *((name, I64) for name in ("by_position", "by_channel")),
+        *((name, I64) for name in ("by_position", "by_channel", "bytes")),
         *((name, I64) for name in ("rms", "gated", "gelu", "threads", "grain", "reading")),
         *((name, F32) for name in ("eps", "scale", "softcap")),
     )
@@ -96,6 +96,7 @@ class Stack:
             page=page,
             by_position=layers[0].keys.stride(2),
             by_channel=layers[0].keys.stride(3),
+            bytes=layers[0].keys.itemsize,
             gelu=ACTIVATIONS.index(shape.activation),
             grain=native.GRAIN,
             reading=native.READING,

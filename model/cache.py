@@ -12,7 +12,8 @@ from kernels.sharing import Shared
 from model.config import ModelConfig
 
 PAGE = 16  # tokens of a page, unless told otherwise
-FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # that pages may have beside floats
+FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of pages with scales
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # that the CPU's kernels read
 NOTHING = torch.empty(0, dtype=torch.int32)
 
 
@@ -66,7 +67,7 @@ class Cache:
         if dtype in FORMATS.values():
             self.scales = torch.zeros(shape[:-1], device=device)
         self.page_size = page_size
-        floats = self.pages.device.type == "cpu" and dtype == torch.float32
+        floats = self.pages.device.type == "cpu" and dtype in FLOATS.values()
         self.across = floats and page_size % 16 == 0 and not INTERPRETED
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

@@ -92,9 +92,12 @@ class Layers:
         self.cache: Cache | None = None
 
     def __call__(self, x: Tensor, rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
-        if cache.pages.dtype != torch.float32:  # C++ would read them as floats all the same
-            raise ValueError(f"pages are {cache.pages.dtype}, and packed layers keep float32")
         if self.cache is not cache:
+            if not native.reads_pages(cache.layer(0)[0]):  # C++ would read them all the same
+                raise ValueError(
+                    f"pages are {cache.pages.dtype} of {cache.page_size} tokens: packed layers "
+                    "read float32, or bfloat16 in pages and heads of multiples of 16"
+                )
             self.cache, self.stack = cache, Stack(self._shape(), list(self._parts(cache)))
         where = rows.slots, rows.positions, rows.starts, rows.lengths, rows.page_table
         return self.stack(x, *where, rows.longest_context, rows.wanted)

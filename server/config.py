@@ -155,8 +155,11 @@ class Settings:
     page_size: int = option(
         16, "engine", "tokens in a page", "--block-size", within=Bounds(1, 1024)
     )
-    kv_dtype: Literal["auto", "int8", "fp8"] = option(
-        "auto", "engine", "store KV pages in fewer bits; auto: as computed", "--kv-cache-dtype"
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = option(
+        "auto",
+        "engine",
+        "what KV pages hold; auto: as computed, with int8 weights bfloat16 if the CPU has it",
+        "--kv-cache-dtype",
     )
     rows: int = option(
         256, "engine", "most sequences in a step", "--max-num-seqs", within=Bounds(1, 1 << 16)

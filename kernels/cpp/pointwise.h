@@ -61,11 +61,31 @@ static void turn(const float* x, float* y, const float* cos_, i64 pairs, i64 dim
     for (i64 i = 2 * pairs; i < dim; i++) y[i] = x[i];
 }
 
-extern "C" void store_f32(const float* query, const float* key, const float* value, float* keys,
-                          float* values, const i64* slots, const float* table, const i64* at,
+// x [dim] to where its channels lie, as floats or bfloat16
+template <typename P>
+static void write(const float* x, P* place, i64 dim, i64 by_channel) {
+    P kept[DIM];
+    if (by_channel == 1 && dim % 16 == 0) {
+        for (i64 d = 0; d < dim; d += 16) put16(place + d, load16(x + d));
+        return;
+    }
+    float room[DIM] = {};
+    memcpy(room, x, dim * sizeof(float));
+    for (i64 d = 0; d < dim; d += 16) put16(kept + d, load16(room + d));
+    for (i64 d = 0; d < dim; d++) place[d * by_channel] = kept[d];
+}
+
+extern "C" void store_f32(const float* query, const float* key, const float* value, void* keys,
+                          void* values, const i64* slots, const float* table, const i64* at,
                           const float* query_norm, const float* key_norm, float* out, i64 tokens,
-                          i64 q_step, i64 k_step, i64 v_step, i64 heads, i64 kv_heads, i64 dim,
-                          i64 page, i64 by_position, i64 by_channel, i64 pairs, float eps, int interleaved, int threads) {
+                          i64 q_step, i64 k_step, i64 v_step, i64 heads, i64 kv_heads, i64 dim, i64 page,
+                          i64 by_position, i64 by_channel, i64 bytes, i64 pairs, float eps,
+                          int interleaved, int threads) {
+    auto put = [=](const float* x, void* pages, i64 head, i64 slot, i64 by_position, i64 by_channel) {
+        i64 place = (slot / page * kv_heads + head) * page * dim + slot % page * by_position;
+        bytes == 4 ? write(x, (float*)pages + place, dim, by_channel)
+                   : write(x, (uint16_t*)pages + place, dim, by_channel);
+    };
     split(tokens, tokens * heads * dim > SMALL ? threads : 1, [=](i64 begin, i64 end) {
       for (i64 t = begin; t < end; t++) {
         const float* angles = table ? table + at[t] * 2 * pairs : nullptr;
@@ -77,15 +97,10 @@ extern "C" void store_f32(const float* query, const float* key, const float* val
             if (weight) norm_row(x, nullptr, weight, nullptr, normed, nullptr, dim, eps, 1), x = normed;
             float* to = q ? out + (t * heads + h) * dim : turned;
             turn(x, to, angles, angles ? pairs : 0, dim, interleaved);
-            if (q || slots[t] < 0) continue;
-            float* place = keys + (slots[t] / page * kv_heads + h - heads) * page * dim;
-            place += slots[t] % page * by_position;
-            for (i64 d = 0; d < dim; d++) place[d * by_channel] = turned[d];
+            if (!q && slots[t] >= 0) put(turned, keys, h - heads, slots[t], by_position, by_channel);
         }
-        if (slots[t] >= 0)
-            for (i64 h = 0; h < kv_heads; h++)
-                memcpy(values + ((slots[t] / page * kv_heads + h) * page + slots[t] % page) * dim,
-                       value + t * v_step + h * dim, dim * sizeof(float));
+        for (i64 h = 0; h < kv_heads && slots[t] >= 0; h++)
+            put(value + t * v_step + h * dim, values, h, slots[t], dim, 1);
       }
     });
 }

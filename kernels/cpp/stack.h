@@ -9,11 +9,12 @@
 // The functions above in the order of model/decoder.py's Layer, so that nothing is paid between
 // them, and what passes between them stays where the last layer left it. stack.py fills these in.
 
-extern "C" void attention_f32(const float* query, const float* keys, const float* values,
+extern "C" void attention_f32(const float* query, const void* keys, const void* values,
                               const int32_t* starts, const int32_t* lengths, const int32_t* table,
                               const float* sinks, const float* slopes, float* out, i64 rows,
                               i64 width, i64 heads, i64 kv_heads, i64 dim, i64 page,
-                              i64 by_position, i64 by_channel, i64 window, float scale, float softcap, int threads);
+                              i64 by_position, i64 by_channel, i64 window, i64 bytes, float scale,
+                              float softcap, int threads);
 
 struct Product {
     const void* values;
@@ -28,14 +29,16 @@ struct Layer {
     const float *norm, *norm_bias, *mlp_norm, *mlp_norm_bias;
     const float *out_norm, *mlp_out_norm;  // of what a branch adds, in Gemma
     const float *query_norm, *key_norm, *sinks, *angles;
-    float *keys, *values;
+    void *keys, *values;
     i64 pairs, interleaved, window;
 };
 
 struct Stack {
     const Layer* layers;
     const float* slopes;
-    i64 count, hidden, heads, kv_heads, dim, page, by_position, by_channel, rms, gated, gelu, threads, grain, reading;
+    i64 count, hidden, heads, kv_heads, dim, page, by_position, by_channel;
+    i64 bytes;  // of a number in pages: 4 for float32, 2 for bfloat16
+    i64 rms, gated, gelu, threads, grain, reading;
     float eps, scale, softcap;
 };
 
@@ -112,10 +115,10 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         const i64 row = queries + 2 * keys;
         store_f32(qkv, qkv + queries, qkv + queries + keys, l.keys, l.values, step->slots, l.angles,
                   step->at, l.query_norm, l.key_norm, query, n, row, row, row, a.heads, a.kv_heads,
-                  a.dim, a.page, a.by_position, a.by_channel, l.pairs, a.eps, (int)l.interleaved, all);
+                  a.dim, a.page, a.by_position, a.by_channel, a.bytes, l.pairs, a.eps, (int)l.interleaved, all);
         attention_f32(query, l.keys, l.values, step->starts, step->lengths, step->table, l.sinks,
                       a.slopes, qkv, step->rows, step->width, a.heads, a.kv_heads, a.dim, a.page,
-                      a.by_position, a.by_channel, l.window, a.scale, a.softcap, reading);
+                      a.by_position, a.by_channel, l.window, a.bytes, a.scale, a.softcap, reading);
         if (i == a.count - 1 && step->wants < n) {  // after this nobody looks at the others
             n = step->wants;
             gather_rows(qkv, step->wanted, n, queries);

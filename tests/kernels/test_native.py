@@ -148,10 +148,33 @@ def test_attention(
     assert torch.equal(native.attention(query, across, values, **where, **more), found)
 
 
+WHOLE = [case for case in ATTENTION if case[3] % 16 == 0 and case[4] % 16 == 0]
+
+
+@pytest.mark.parametrize(("counts", "lengths", "heads", "dim", "page", "more"), WHOLE)
+def test_attention_in_bfloat16(
+    counts: list[int],
+    lengths: list[int],
+    heads: tuple[int, int],
+    dim: int,
+    page: int,
+    more: dict[str, Any],
+) -> None:
+    """Queries and shares are rounded too, to 8 bits; and the sums are not."""
+    query, keys, values, where = paged(counts, lengths, heads, dim, page)
+    keys, values = keys.mT.contiguous().mT.bfloat16(), values.bfloat16()
+    found = native.attention(query, keys, values, **where, **more)
+    wanted = attention_reference(query, keys, values, **where, **more)
+    assert (found - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+    assert (found - wanted).norm() <= 2**-8 * wanted.norm()
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_attention_does_not_know_chunks(chunk: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_does_not_know_chunks(chunk: int, dtype: torch.dtype) -> None:
     """A prompt's last queries give the same bits whatever came with them in the step."""
     query, keys, values, where = paged([700], [700], (14, 2), 64, 16)
+    keys, values = keys.mT.contiguous().mT.to(dtype), values.to(dtype)
     whole = native.attention(query, keys, values, **where)
     where["starts"] = torch.tensor([0, chunk]).int()
     assert torch.equal(native.attention(query[-chunk:], keys, values, **where), whole[-chunk:])
@@ -181,6 +204,21 @@ def test_store(interleaved: bool, normed: bool) -> None:
     across = torch.zeros(8, 2, 24, 4).mT
     native.store(query, key, value, across, values, slots, **how)
     assert torch.equal(across, keys)
+    brief, brief_values = torch.zeros_like(across).bfloat16(), torch.zeros_like(values).bfloat16()
+    native.store(query, key, value, brief, brief_values, slots, **how)
+    assert torch.equal(brief, keys.bfloat16())
+    assert torch.equal(brief_values, values.bfloat16())
+
+
+def test_store_rounds_as_torch_does() -> None:
+    """Halves to even, infinities and NaN as they are; 16 channels at a time, and one."""
+    near = chance(2, 4, 32) * torch.tensor([1e-30, 1.0, 1e38, 1.0])[:, None]
+    near[0, 1, :5] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1 + 2**-8, 1 + 3 * 2**-8])
+    keys, values = torch.zeros(2, 1, 4, 16, 32).bfloat16().unbind()
+    native.store(near, near, near, keys, values, torch.tensor([3, 9]))
+    for pages in keys, values:
+        found, wanted = pages[0][:, [3, 9]].transpose(0, 1), near.bfloat16()
+        assert torch.equal(found.nan_to_num(7.0), wanted.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("width", [16, 96, 901])
@@ -199,6 +237,12 @@ def test_norms(width: int) -> None:
 def test_gates(kind: str) -> None:
     x = chance(3, 2 * 70) * 6
     close(native.gate(x, kind), kernels.activation.gate_reference(x, kind))
+
+
+def test_the_exponential_is_right_to_the_last_bits() -> None:
+    x = torch.linspace(-80, 80, 100_000)
+    wanted = x.double() / (1 + (-x.double()).exp())
+    assert ((native.activate(x, "silu") - wanted) / wanted).abs().max() < 3e-7
 
 
 @pytest.mark.parametrize("width", [1, 16, 100, 4097])

@@ -51,9 +51,12 @@ def test_a_page_is_as_large_as_it_says(dtype: torch.dtype) -> None:
     assert (cache.pages.nbytes + scales) // 7 == Cache.page_bytes(GPT2, 16, dtype)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.int8, 4e-4), (torch.float8_e4m3fn, 1e-2)])
+LITTLE = [(torch.int8, 4e-4), (torch.float8_e4m3fn, 1e-2), (torch.bfloat16, 4e-5)]
+
+
+@pytest.mark.parametrize(("dtype", "most"), LITTLE)
 def test_fewer_bits_change_little(dtype: torch.dtype, most: float) -> None:
-    """The embedded model over code, in chunks through pages; measured 9.8e-5 and 2.6e-3 nats."""
+    """The embedded model over code, in chunks through pages; measured 6e-5, 2e-3, 9e-6 nats."""
     folder = locate(None)
     decoder = load(folder, dtype="float32")
     text = torch.tensor(Tokenizer.load(folder).encode(Path(__file__).read_text())[:256])
@@ -75,4 +78,5 @@ def test_fewer_bits_change_little(dtype: torch.dtype, most: float) -> None:
 
     with torch.inference_mode():
         whole, ours = chances(torch.float32), chances(dtype)
-    assert 0 < (whole.exp() * (whole - ours)).sum(-1).mean() < most
+    found = (whole.exp() * (whole - ours)).sum(-1).mean()
+    assert 0 < found < most

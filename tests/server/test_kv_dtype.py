@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import native
 from model.cache import FORMATS, Cache
 from model.decoder import Decoder
+from model.device import has_bfloat16
+from model.pack import pack_decoder
 from model.runner import Runner
 from model.sampling import Sampling
 from model.weights import load
@@ -29,13 +32,13 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 
 def engine_of(
-    decoder: Decoder, dtype: torch.dtype, pages: int, chunk: int, caching: bool
+    decoder: Decoder, dtype: torch.dtype, pages: int, chunk: int, caching: bool, page: int = 4
 ) -> Engine:
-    runner = Runner(decoder, Cache(decoder.config, pages, 4, dtype), seats=16)
+    runner = Runner(decoder, Cache(decoder.config, pages, page, dtype), seats=16)
     options = Options(
         seats=16, budget=32, chunk=chunk, vocabulary=VOCABULARY, queue_tokens=1 << 20, draft=2
     )
-    return Engine(runner, Pages(pages, 4, caching=caching), options)
+    return Engine(runner, Pages(pages, page, caching=caching), options)
 
 
 def requests() -> list[Request]:
@@ -70,6 +73,41 @@ def test_any_mix_gives_what_each_gets_alone(decoder: Decoder, name: str) -> None
             assert choice.tokens == other.tokens
             # A sum in another order may round to the next of 255 steps.
             assert choice.logprobs == pytest.approx(other.logprobs, abs=0.03)
+
+
+@pytest.mark.skipif(not native.has_int8(), reason="this processor has no AVX-512 VNNI")
+def test_bytes_and_bfloat16_are_the_same_bits_in_any_company(tmp_path: Path) -> None:
+    """A token costs rounded products and rounded pages, and neither depends on who is beside it,
+    on chunks of its prompt, or on whether it was a prompt's or was drawn and computed again."""
+    decoder = load(make(tmp_path), dtype=torch.float32, quantization="int8", head=True)
+    pack_decoder(decoder)
+    engine = engine_of(decoder, torch.bfloat16, pages=14, chunk=5, caching=True, page=16)
+    together = run(engine, requests())
+    assert engine.stats.preemptions > 0
+    for request in requests():
+        alone = engine_of(decoder, torch.bfloat16, pages=64, chunk=0, caching=False, page=16)
+        expected = run(alone, [request])[request.id]
+        for choice, other in zip(_told(together[request.id]), _told(expected), strict=True):
+            assert (choice.tokens, choice.logprobs) == (other.tokens, other.logprobs)
+
+
+@pytest.mark.skipif(not native.has_int8(), reason="this processor has no AVX-512 VNNI")
+def test_bytes_bring_bfloat16_pages_unless_told(tmp_path: Path) -> None:
+    folder = str(make(tmp_path))
+
+    def kept(**how: Any) -> str:
+        info = OfflineEngine(folder, device="cpu", pages=64, **how).info
+        assert not info["warnings"]
+        return str(info["kv_dtype"])
+
+    assert kept() == kept(quantize="int8", kv_dtype="float32") == "float32"
+    assert kept(quantize="int8", page_size=8) == "float32"
+    assert kept(quantize="int8") == ("bfloat16" if has_bfloat16() else "float32")
+    assert kept(kv_dtype="bfloat16") == "bfloat16"
+    with pytest.raises(SettingError, match="multiple of 16"):
+        OfflineEngine(folder, device="cpu", pages=64, page_size=8, kv_dtype="bfloat16")
+    with pytest.raises(SettingError, match="native CPU kernels"):
+        OfflineEngine(folder, device="cpu", pages=64, kv_dtype="bfloat16", kernels="reference")
 
 
 def _told(event: Event) -> list[Any]:
