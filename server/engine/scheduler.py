@@ -17,11 +17,10 @@ have ended has cost one row, whose sample nobody reads; its pages are free when 
 """
 
 import time
-from bisect import insort
 from collections import deque
 from collections.abc import Callable
 
-from model.batch import Batch, Output, Seat
+from model.batch import Batch, Output
 from server.engine import admission, masks
 from server.engine.admission import Options
 from server.engine.beam_group import BeamGroup
@@ -34,6 +33,7 @@ from server.engine.pages import Pages
 from server.engine.reader import Reader
 from server.engine.request import Event, Finish, Request, Stats
 from server.engine.rows import Rows, Step
+from server.engine.running import Running
 from server.engine.text import Silent, Text
 from server.errors import Duplicate, KvistError, NumericalError
 
@@ -60,18 +60,14 @@ class Scheduler:
         mask: masks.Making = masks.boundless,
     ) -> None:
         self.pages, self.options = pages, options
-        self.running: list[Group] = []  # pinned ones first, then by age
         self._text, self._name, self._clock, self._mask = text, name, clock, mask
         self._lobby = Lobby(options, 4 * pages.count * pages.size)
         self._groups: dict[str, Group] = {}  # running or waiting
         self._flying: deque[Step] = deque()
         self._holdings = Holdings(pages, options.seats)
-        self._taken: list[Seat] = []  # since the last step …
-        self._begun: list[Group] = []  # … by these
+        self.running = Running(self._holdings)
         self._short = False  # a branch lacks pages: let nobody in, launch nothing ahead
         self._moved = False  # somebody found what it needs without a row: look again
-        self._pinned = 0  # footprints of the pinned groups that run
-        self._suspect: Group | None = None  # at most one runs
         self._number = 0
         self._outbox = Outbox()
         sizes = [0] * ((options.budget - 1).bit_length() + 1)
@@ -137,7 +133,7 @@ class Scheduler:
         self._outbox.end(group, group.unfinished if cut else [], finish, error)
         self._lobby.end(group, waits=not runs)
         if runs:
-            self._leave(group)
+            self.running.leave(group)
         group.branches, group.buds = [], []  # no cycle is left for the garbage collector
         del self._groups[group.request.id]
 
@@ -155,8 +151,7 @@ class Scheduler:
             rows = self._fill()
         if not rows:
             return None
-        rows.taken, self._taken = self._taken, []
-        rows.step.begun, self._begun = self._begun, []
+        self.running.launch(rows)
         self._flying.append(rows.step)
         self.pages.launched()
         self._count_step(self.options.budget - rows.left)
@@ -178,8 +173,10 @@ class Scheduler:
         behind = [branch for branch in self._decode(rows) if branch.seat >= 0]  # not preempted
         for branch in behind:
             self._compute(branch, rows, crowded=len(behind) > 1 or len(self._lobby) > 0)
-        while rows.left > 0 and self._admits():
+        while rows.left > 0 and not self._short and self._lobby:
             group = self._lobby.first
+            if not self.running.admits(group):
+                break  # who waits behind it waits longer
             self._begin(group)
             self._compute(group.branches[0], rows, crowded=len(self._lobby) > 0)
         return rows
@@ -250,67 +247,25 @@ class Scheduler:
 
     # ── Who runs ────────────────────────────────────────────────────────────────────────────────
 
-    def _admits(self) -> bool:
-        """Whether the first who waits can begin."""
-        if self._short or not self._lobby:
-            return False
-        group = self._lobby.first
-        if group.width > len(self._holdings.vacant) or (group.suspect and self._suspect):
-            return False
-        if group.pinned and self._pinned + group.footprint > self.pages.count:
-            return False
-        return not self.running or self._cost(group) <= self.pages.available
-
-    def _cost(self, group: Group) -> int:
-        """Pages for all that it has to compute, and one more for everybody who runs then."""
-        size, stem = self.pages.size, group.branches[0]
-        need = sum(-(-b.length // size) - b.fork_at // size for b in group.living)
-        if group.request.prompt_logprobs is None and self.pages.caching:
-            need -= self.pages.shared(stem.digests((stem.length - 1) // size, size))
-        return need + self._holdings.taken + group.width
-
     def _begin(self, group: Group) -> None:
         self._moved = True
-        self._begun.append(group)
         self._lobby.leave(group)
-        insort(self.running, group, key=_rank)
-        if group.pinned:
-            self._pinned += group.footprint
-        if group.suspect:
-            self._suspect = group
-        group.seats = [self._holdings.vacant.pop() for _ in range(group.width)]
-        for branch in group.living:
-            branch.seat = group.seats.pop()
-            self._taken.append(_seat(branch))
+        self.running.begin(group)
         if not group.started:
             group.started, group.queued = True, self._clock() - group.arrival
             self._stats.cache_queries += len(group.prompt)
 
-    def _leave(self, group: Group) -> None:
-        self.running.remove(group)
-        if group.pinned:
-            self._pinned -= group.footprint
-        if self._suspect is group:
-            self._suspect = None
-        if group in self._begun:  # and left before it was in a step
-            self._begun.remove(group)
-            seats = {branch.seat for branch in group.living}
-            self._taken = [seat for seat in self._taken if seat.seat not in seats]
-        self._holdings.release(group.living)
-        self._holdings.vacant += group.seats
-        group.seats, group.forks = [], []
-
     def _wait_again(self, group: Group) -> None:
         """Back to the queue: what is known stays, and all of it is to be computed again."""
         before = group.missing
-        self._leave(group)
+        self.running.leave(group)
         group.restart()
         self._stats.recomputed += group.missing - before
         self._lobby.enter(group)
 
     def _preempt(self) -> Group:
         """The newest group gives way."""
-        victim = self.running[-1]
+        victim = self.running.newest
         if victim.pinned:
             raise RuntimeError("Pages lack although all groups that run are sure to fit.")
         self._wait_again(victim)
@@ -342,9 +297,7 @@ class Scheduler:
         for group, _ in step.scores:
             if group.last < len(group.prompt) == len(group.scores):
                 self._end_unsampled(group)
-        if self._suspect is not None and self._suspect.event is not None:
-            self._suspect.suspect = False
-            self._suspect = None
+        self.running.trust()
         return self.events()
 
     def _finish(self, branch: Branch) -> None:
@@ -379,9 +332,9 @@ class Scheduler:
         for _ in steps:
             self.pages.ended()
         self._stats.retries += 1
-        present = steps[0].groups()
-        if self._suspect in present:
-            self._end(self._suspect, "error", why)
+        present, suspect = steps[0].groups(), self.running.suspect
+        if suspect in present:
+            self._end(suspect, "error", why)
         else:
             for group in present:
                 group.suspect = True
@@ -411,20 +364,9 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise unless pages, seats and queue agree with the groups that exist."""
-        self._holdings.check(self.running)
+        self._holdings.check(list(self.running))
         if len(self.running) + len(self._lobby) != len(self._groups):
             raise RuntimeError("A request is lost between the queue and the steps.")
-
-
-def _rank(group: Group) -> tuple[bool, float, int]:
-    return not group.pinned, group.key, group.number
-
-
-def _seat(branch: Branch) -> Seat:
-    group, sampling = branch.group, branch.group.request.sampling
-    back = sampling.looks_back
-    prompt, output = (group.prompt.tolist(), list(branch.output)) if back else ([], [])
-    return Seat(branch.seat, sampling, branch.index, prompt, output, len(group.prompt))
 
 
 def _count(counts: dict[str, int], key: str) -> None:

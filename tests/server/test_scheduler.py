@@ -646,7 +646,7 @@ def test_check_sees_a_lost_seat_and_a_lost_request() -> None:
     bench.submit(1)
     bench.step()
     scheduler = bench.engine.scheduler
-    scheduler._groups["ghost"] = scheduler.running[0]
+    scheduler._groups["ghost"] = scheduler.running.newest
     with pytest.raises(RuntimeError, match="request is lost"):
         scheduler.check()
     scheduler._holdings.vacant.pop()

@@ -402,7 +402,7 @@ class World:
         lobby = scheduler._lobby
         hold(lobby._tokens == sum(g.weight for g in waiting), "I15", "tokens that wait")
         pinned = sum(group.footprint for group in scheduler.running if group.pinned)
-        hold(scheduler._pinned == pinned, "I15", "pages of pinned groups")
+        hold(scheduler.running.pinned == pinned, "I15", "pages of pinned groups")
         hold(stats.waiting == len(waiting), "I15", "waiting")
         hold(stats.running == len(scheduler.running), "I15", "running")
         hold(stats.live + stats.cached + stats.free == stats.pages, "I1", "pages")
