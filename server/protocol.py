@@ -2,8 +2,9 @@
 
 - A request must arrive whole within a deadline, an unread answer is given up after another, and
   the head of a request has a size: a client can hold a connection only as long as we say.
-- A message that two readers could understand differently (two lengths, a length and chunks, a
-  bare CR, two hosts) gets one 400 and the end of the connection.
+- A message that two readers could understand differently (two lengths, a length and chunks, another
+  coding than chunks, a bare CR, two hosts) gets one 400 and the end of the connection.
+- An HTTP/1.0 client, which knows no chunks, gets none.
 - These refusals are OpenAI's error objects too.
 """
 
@@ -12,7 +13,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from server.api.shapes import encode
 from server.config import Limits
@@ -89,7 +95,6 @@ class Guarded(HttpToolsProtocol):
         self._in_head, self._begun, self._fed, self._size = True, True, 0, 0
         self._arm()
         super().on_message_begin()
-        self.scope["state"]["pipe"] = self._pipe
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
@@ -103,12 +108,18 @@ class Guarded(HttpToolsProtocol):
             self._raise(self._too_large())
 
     def on_headers_complete(self) -> None:
+        new = self.parser.get_http_version() == "1.1"
         hosts = sum(name == b"host" for name, _ in self.headers)
-        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+        if hosts > 1 or (hosts == 0 and new):
             self._raise(BadMessage(f"The request has {hosts} Host headers, but must have one."))
+        coded = [value for name, value in self.headers if name == b"transfer-encoding"]
+        if coded and not (new and len(coded) == 1 and coded[0].strip().lower() == b"chunked"):
+            self._raise(BadMessage("The only transfer coding is 'chunked', once, in HTTP/1.1."))
         if self.parser.get_method() == b"CONNECT":
             self._raise(BadMessage("This server is no proxy."))
         if not self.parser.should_upgrade():
+            if new:
+                self.scope["state"]["pipe"] = self._pipe
             self._in_head, self._fed = False, 0
             super().on_headers_complete()
 
@@ -124,6 +135,10 @@ class Guarded(HttpToolsProtocol):
         self._arrival.stop()
         self._in_head, self._begun, self._fed = True, False, 0
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        old = cycle.scope["http_version"] != "1.1"
+        super()._start_asgi_task(cycle, _unframed(cycle, app) if old else app)
 
     def _arm(self) -> None:
         self._arrival.start(self.limits.receive_timeout, self._too_slow)
@@ -200,6 +215,20 @@ class Guarded(HttpToolsProtocol):
     def _give_up_later(self) -> None:
         """A client that reads nothing is not waited for."""
         self._unread.start(self.limits.unread_seconds, self.transport.abort)
+
+
+def _unframed(cycle: RequestResponseCycle, app: Any) -> Any:
+    """This application, whose answer has no chunks: the end of the connection ends it."""
+
+    async def run(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_on(message: Message) -> None:
+            cycle.chunked_encoding = False
+            cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_on)
+
+    return run
 
 
 class Timer:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.soak.malformed import GET, HEADS, POST, SMUGGLED
+from benchmarks.soak.malformed import GET, HEADS, NEXT, POST, SMUGGLED
 from server.config import Settings
 from tests.server.rig import Rig, limits, read_all, running
 
@@ -32,11 +32,66 @@ def answers(data: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", data)]
 
 
+def heard(rig: Rig, message: bytes) -> bytes:
+    """All that comes back for this until the server closes, while the client stays."""
+    with rig.connect() as one:
+        one.sendall(message)
+        return read_all(one)
+
+
 def check_object(data: bytes) -> Any:
     body = json.loads(data.partition(b"\r\n\r\n")[2])
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert b"connection: close" in data.lower()
     return body["error"]["code"]
+
+
+CODED = [
+    POST + b"transfer-encoding: gzip, chunked\r\n\r\n",
+    POST + b"transfer-encoding: gzip\r\ntransfer-encoding: chunked\r\n\r\n",
+    POST + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n",
+    POST + b"transfer-encoding: chunked, chunked\r\n\r\n",
+    POST + b"transfer-encoding: identity\r\n\r\n",
+    POST.replace(b"1.1", b"1.0") + b"transfer-encoding: chunked\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("message", CODED)
+def test_a_body_in_another_coding_is_not_read_as_chunks(rig: Rig, message: bytes) -> None:
+    seen = len(rig.engine.seen)
+    data = rig.raw(message + b'F\r\n{"prompt": "x"}\r\n0\r\n\r\n' + NEXT)
+    assert answers(data) == [400]
+    assert check_object(data) == "bad_http_message"
+    assert len(rig.engine.seen) == seen
+
+
+def test_chunks_are_spelled_as_one_likes(rig: Rig) -> None:
+    head = POST + b"transfer-encoding: Chunked \r\nconnection: close\r\n\r\n"
+    assert answers(heard(rig, head + b'F\r\n{"prompt": "x"}\r\n0\r\n\r\n')) == [200]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_old_client_gets_no_chunks(rig: Rig, stream: bool) -> None:
+    """HTTP/1.0 knows none: the end of the connection is the end of a stream, kept alive or not."""
+    asked = {"prompt": "x", "max_tokens": 40, "temperature": 0, "stream": stream}
+    body = json.dumps(asked).encode()
+    said = {}
+    for version in (b"1.0", b"1.1"):
+        head = POST.replace(b"1.1", version) + b"content-length: %d\r\n" % len(body)
+        kept = b"keep-alive" if version == b"1.0" else b"close"
+        data = heard(rig, head + b"connection: " + kept + b"\r\n\r\n" + body)
+        assert answers(data) == [200]
+        head, _, rest = data.partition(b"\r\n\r\n")
+        assert b"connection: close" in head
+        assert (b"transfer-encoding: chunked" in head) == (stream and version == b"1.1")
+        said[version] = re.findall(rb'"text":"[^"]*"', rest)
+        if version == b"1.0" and stream:
+            assert b"content-length" not in head
+            assert rest.startswith(b"data: {")
+            assert rest.endswith(b"}\n\ndata: [DONE]\n\n")
+            assert all(part.startswith(b"data: ") for part in rest.strip().split(b"\n\n"))
+    assert said[b"1.0"] == said[b"1.1"]
+    assert (len(said[b"1.0"]) > 9) == stream
 
 
 @pytest.mark.parametrize("message", SMUGGLED)
