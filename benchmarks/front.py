@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import processes
 from benchmarks.harness import finish
 from model.batch import Batch, Output
 from server.api.app import build as build_app
@@ -41,7 +42,6 @@ from server.metrics import Metrics
 from server.settle import settle
 
 CONTEXT, VOCABULARY = 1 << 20, 256
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Nothing:
@@ -184,13 +184,6 @@ def listen(port: int, streams: int, tokens: int) -> Heard:
     return heard
 
 
-def cpu(pid: int) -> float:
-    """Seconds that a process has computed."""
-    with open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
-
-
 def measure(streams: int, pause: float, seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.front", "--serve", str(pause), str(streams)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -199,9 +192,9 @@ def measure(streams: int, pause: float, seconds: float) -> dict[str, Any]:
         port = int(child.stdout.readline())
         listen(port, min(streams, 8), 4)  # warm
         tokens = max(4, int(seconds / max(pause, streams / 20_000)))
-        before, began = cpu(child.pid), time.monotonic()
+        before, began = processes.seconds(child.pid), time.monotonic()
         heard = listen(port, streams, tokens)
-        wall, spent = time.monotonic() - began, cpu(child.pid) - before
+        wall, spent = time.monotonic() - began, processes.seconds(child.pid) - before
     finally:
         child.terminate()
         child.wait(10)

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -117,22 +118,26 @@ def _cell(value: Any) -> str:
 
 
 def finish(name: str, rows: Sequence[Row], options: argparse.Namespace, **more: Any) -> None:
-    """The table, the picture if asked for, and the JSON line."""
+    """The table, what is `said` of it, and the JSON line."""
     table(rows)
+    for sentence in more.get("said", ()):
+        print(sentence)
     record = {"benchmark": name, **conditions(), **more, "rows": [dict(row) for row in rows]}
-    line = json.dumps(record, default=str)
     if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        words = [
-            name,
-            more.get("shape"),
-            *more.get("precisions", ()),
-            record["device"],
-            record["commit"],
-        ]
-        stem = "-".join(word.replace(" ", "-").lower() for word in words if word)
-        (RESULTS / f"{stem}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
-    print(line)
+        _keep(record, getattr(options, "plot", None))
+    print(json.dumps(record, default=str))
+
+
+def _keep(record: dict[str, Any], picture: Path | None) -> None:
+    """In benchmarks/results/, with the picture if one was drawn."""
+    RESULTS.mkdir(exist_ok=True)
+    about = [record["benchmark"], record.get("shape"), *record.get("precisions", ())]
+    words = [word for word in (*about, record["device"], record["commit"]) if word]
+    stem = "-".join(words).replace(" ", "-").lower()
+    if picture is not None:
+        record["picture"] = f"{stem}{picture.suffix}"
+        shutil.copyfile(picture, RESULTS / record["picture"])
+    (RESULTS / f"{stem}.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
 
 
 def plot(

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from benchmarks import processes
+
 HEAD = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
 
@@ -51,8 +53,7 @@ class Served:
         return time.monotonic() - began
 
     def children(self) -> list[int]:
-        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+        return processes.family(self.process.pid)[1:]
 
     def engine(self) -> int:
         """The child that runs the model."""
@@ -64,11 +65,15 @@ class Served:
 
     def memory(self) -> list[int]:
         """Bytes that the front and the engine have for themselves."""
-        return [_anonymous(pid) for pid in (self.process.pid, self.engine())]
+        return [processes.anonymous(pid) for pid in (self.process.pid, self.engine())]
+
+    def peak(self) -> int:
+        """Bytes of all its processes at their most."""
+        return sum(map(processes.peak, processes.family(self.process.pid)))
 
     def computed(self) -> list[float]:
         """Seconds that the front and the engine have computed since they began."""
-        return [_cpu(pid) for pid in (self.process.pid, self.engine())]
+        return [processes.seconds(pid) for pid in (self.process.pid, self.engine())]
 
     async def metric(self, name: str) -> float:
         _, page = await self.get("/metrics")
@@ -81,17 +86,6 @@ def status(data: bytes) -> int:
     return int(data[9:12]) if data.startswith(b"HTTP/1.1 ") else 0
 
 
-def _anonymous(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    told = [line.split() for line in lines if line.startswith(("RssAnon", "VmSwap"))]
-    return sum(int(words[1]) * 1024 for words in told)
-
-
-def _cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -102,7 +96,7 @@ def free_port() -> int:
 async def served(asked: argparse.Namespace, *flags: str) -> AsyncIterator[Served]:
     port = free_port()
     command = [sys.executable, "-m", "server", "serve", "--port", str(port), *flags]
-    command += ["--log-level", "error", "--model", asked.model] if asked.model else []
+    command += ["--log-level", "error", *(["--model", asked.model] if asked.model else [])]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
     made = Served(process, port)
     try:

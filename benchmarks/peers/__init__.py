@@ -20,14 +20,17 @@ class Entry:
     package: str
     forms: Mapping[str, tuple[str, ...]]
     converts: bool = True  # or reads the source's folder as it is
+    tells: bool = True  # its tokens, as ids; over HTTP texts go in, and only numbers come out
 
 
 BOTH = {"float32": ("float32",), "int8": ("int8",)}
 PEERS = {
     "kvist": Entry("torch", BOTH, converts=False),
-    "kvist_http": Entry("uvicorn", BOTH, converts=False),
+    "kvist_http": Entry("uvicorn", BOTH, converts=False, tells=False),
     "transformers": Entry("transformers", {"float32": ("float32",)}, converts=False),
-    "transformers_http": Entry("transformers", {"float32": ("float32",)}, converts=False),
+    "transformers_http": Entry(
+        "transformers", {"float32": ("float32",)}, converts=False, tells=False
+    ),
     "continuous": Entry("transformers", {"float32": ("float32",)}, converts=False),
     "ctranslate2": Entry("ctranslate2", BOTH),
     "llama_cpp": Entry("llama-cpp-python", {"float32": ("F32",), "int8": ("Q8_0", "Q4_0")}),
@@ -55,6 +58,10 @@ class Work:
             8, vocabulary, (self.streams, self.prompt)
         ).tolist()
         return found
+
+
+class Beyond(Exception):
+    """A kind of work that an engine does not do; the message is all that is said of it."""
 
 
 class Peer(Protocol):

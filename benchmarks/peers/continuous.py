@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-from benchmarks.peers import CONTEXT, STREAMS
+from benchmarks.peers import CONTEXT, STREAMS, Beyond
 
 PAGE = 32
 
@@ -28,7 +28,7 @@ class Peer:
 
     def generate(self, prompts: Sequence[list[int]], new: int, beams: int) -> list[list[int]]:
         if beams > 1:
-            raise RuntimeError("it has no beam search")
+            raise Beyond("it has no beam search")
         names = [self.manager.add_request(prompt, max_new_tokens=new) for prompt in prompts]
         done: dict[str, list[int]] = {}
         while len(done) < len(names):

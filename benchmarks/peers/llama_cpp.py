@@ -12,7 +12,7 @@ import gguf
 import llama_cpp as llama
 import numpy as np
 
-from benchmarks.peers import CONTEXT, STREAMS
+from benchmarks.peers import CONTEXT, STREAMS, Beyond
 from benchmarks.peers.tensors import Source
 
 STEP = 2048  # tokens
@@ -94,7 +94,7 @@ class Peer:
 
     def generate(self, prompts: Sequence[list[int]], new: int, beams: int) -> list[list[int]]:
         if beams > 1:
-            raise RuntimeError("it has no beam search")
+            raise Beyond("it has no beam search")
         llama.llama_memory_clear(llama.llama_get_memory(self.context), False)
         said: list[list[int]] = [[] for _ in prompts]
         for stream, prompt in enumerate(prompts):  # as many prompts at once as fit in a step

@@ -12,6 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from benchmarks.peers import Beyond
+
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 PATIENCE = 600.0
 
@@ -43,7 +45,7 @@ class Server:
 
     def generate(self, prompts: Sequence[list[int]], new: int, beams: int) -> list[list[int]]:
         if beams > 1:
-            raise RuntimeError("only streams are compared over HTTP")
+            raise Beyond("only streams are compared over HTTP")
         texts = [self._text(prompt) for prompt in prompts]
         with ThreadPoolExecutor(len(texts)) as crowd:
             return list(crowd.map(lambda text: self._ask(text, new), texts))

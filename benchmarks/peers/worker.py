@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.peers import Peer, Work, find, source
+from benchmarks.peers import Beyond, Peer, Work, find, source
+from benchmarks.processes import family, peak, seconds
 
 
 def measure(peer: Peer, work: Work, vocabulary: int) -> dict[str, Any]:
@@ -30,28 +31,12 @@ def measure(peer: Peer, work: Work, vocabulary: int) -> dict[str, Any]:
             f"{len(tokens)} streams of {sorted(lengths)} tokens came, {work.streams} of {work.new} "
             "were asked for"
         )
-    return spent | {"peak": peak(), "tokens": tokens}
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that came of it: a server has several."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return [pid, *(one for child in children for one in family(child))]
+    return spent | {"peak": sum(map(peak, family(os.getpid()))), "tokens": tokens}
 
 
 def computed() -> float:
-    """Seconds of CPU time; of a server's processes, in steps of the kernel's clock."""
-    others = family(os.getpid())[1:]
-    stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in others]
-    ticks = sum(int(stat[11]) + int(stat[12]) for stat in stats)
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def peak() -> int:
-    """Bytes of memory at the most; `getrusage` would count the parent's before this began."""
-    texts = [Path(f"/proc/{pid}/status").read_text() for pid in family(os.getpid())]
-    return sum(int(text.split("VmHWM:")[1].split()[0]) << 10 for text in texts)
+    """Seconds of CPU time, a server's processes with it."""
+    return time.process_time() + sum(map(seconds, family(os.getpid())[1:]))
 
 
 def serve(out: TextIO, engine: str, folder: str, form: str, threads: str, words: str) -> None:
@@ -60,6 +45,8 @@ def serve(out: TextIO, engine: str, folder: str, form: str, threads: str, words:
     for line in sys.stdin:
         try:
             answer = measure(peer, Work(**json.loads(line)), int(words))
+        except Beyond as why:
+            answer = {"error": str(why)}
         except Exception as error:  # one kind of work may be beyond an engine
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=out, flush=True)
