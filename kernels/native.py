@@ -59,6 +59,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "linear_f32": [P] * 4 + [I64] * 3 + [C],
     "linear_bf16": [P] * 4 + [I64] * 3 + [C],
     "linear_int8": [P] * 8 + [I64] * 3 + [C],
+    "linear_int4": [P] * 7 + [I64] * 4 + [C],
     "attention_f32": [P] * 9 + [I64] * 10 + [F32] * 2 + [C],
     "store_f32": [P] * 11 + [I64] * 12 + [F32] + [C] * 2,
     "norm_f32": [P] * 6 + [I64] * 2 + [F32] + [C] * 2,
@@ -141,11 +142,12 @@ def _call(name: str, work: int, *args: Tensor | float | None) -> None:
 class Packed(NamedTuple):
     """A weight as the CPU likes to read it: tiles of 32 outputs, each read once and in order."""
 
-    values: Tensor  # [tiles, in, 32] float32 or bfloat16; int8: [tiles, in / 4, 32, 4]
+    values: Tensor  # [tiles, in, 32] float32 or bfloat16; int8: [tiles, in / 4, 32, 4]; int4: …/ 8
     out: int
     inner: int
-    scales: Tensor | None = None  # [out] float32: int8 values times these
+    scales: Tensor | None = None  # float32: int8 [out]; int4 [tiles, groups, 32]
     sums: Tensor | None = None  # [out] int32: of each output's int8 values
+    groups: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,7 +155,10 @@ class Packed(NamedTuple):
 
 
 def pack(weight: Tensor, scales: Tensor | None = None, own: bool = False) -> Packed:
-    """weight [out, in] float32, bfloat16, or int8 with scales [out]; `own`: may be overwritten"""
+    """weight [out, in] float32, bfloat16, or int8 with scales [out]; or two to a byte, as
+    `kernels.linear` has them, with scales [out, groups]. `own`: may be overwritten"""
+    if weight.dtype == torch.uint8 and scales is not None:
+        return _pack_int4(weight, scales, own)
     (out, inner), together = weight.shape, 1 if scales is None else 4
     if inner % together:
         weight = F.pad(weight, (0, -inner % together))
@@ -167,12 +172,32 @@ def pack(weight: Tensor, scales: Tensor | None = None, own: bool = False) -> Pac
     return Packed(tiled, out, inner, None if scales is None else scales.float().contiguous(), sums)
 
 
+def _pack_int4(weight: Tensor, scales: Tensor, own: bool) -> Packed:
+    """Bytes lie as those of int8; scales as the outputs of a tile."""
+    (out, inner), groups = weight.shape, scales.shape[1]
+    values = pack(weight.view(torch.int8), torch.empty(0), own).values.view(torch.uint8)
+    padded = F.pad(scales.float(), (0, 0, 0, -out % TILE)).view(-1, TILE, groups)
+    return Packed(values, out, 2 * inner, padded.mT.contiguous(), None, groups)
+
+
+def packs_int4(weight: Tensor, scales: Tensor) -> bool:
+    """Whether groups [out, groups] of these bytes [out, in / 2] are of whole fours twice."""
+    return has_int8() and weight.shape[1] // scales.shape[1] % 4 == 0
+
+
 def unpack(weight: Packed, rows: Tensor | None = None) -> Tensor:
     """-> [out, in] float32, or only the rows asked for"""
     rows = torch.arange(weight.out) if rows is None else rows
     values = weight.values[rows // TILE, :, rows % TILE]
     if weight.scales is None:
         return values.float()
+    if weight.values.dtype == torch.uint8:
+        runs, scales = (
+            values.view(len(rows), weight.groups, -1),
+            weight.scales[rows // TILE, :, rows % TILE],
+        )
+        runs = torch.cat([runs & 15, runs >> 4], -1).float() - 8
+        return (runs * scales[..., None]).flatten(1)
     return values.flatten(1)[:, : weight.inner].float() * weight.scales[rows, None]
 
 
@@ -181,17 +206,22 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     shape = (*x.shape[:-1], weight.out)
     x = x.reshape(-1, weight.inner).contiguous()
     y = torch.empty(len(x), weight.out)
-    sizes = len(x), weight.inner, weight.out
+    three = len(x), weight.inner, weight.out
     work = max(len(x), READING) * weight.inner * weight.out
-    if weight.scales is not None:
+    if weight.values.dtype == torch.uint8:
+        rounded = torch.empty(len(x), weight.inner + 4 * weight.groups, dtype=torch.int8)
+        rest = bias, y, rounded, torch.empty(len(x))
+        sizes = len(x), weight.inner, weight.groups, weight.out
+        _call("linear_int4", work, x, weight.values, weight.scales, *rest, *sizes)
+    elif weight.scales is not None:
         rounded = torch.empty(len(x), -(-weight.inner // 4) * 4, dtype=torch.uint8)
         row_scales = torch.empty(len(x))
         tables = weight.values, weight.scales, weight.sums
-        _call("linear_int8", work, x, *tables, bias, y, rounded, row_scales, *sizes)
+        _call("linear_int8", work, x, *tables, bias, y, rounded, row_scales, *three)
     elif weight.values.dtype == torch.bfloat16:
-        _call("linear_bf16", work, x, weight.values, bias, y, *sizes)
+        _call("linear_bf16", work, x, weight.values, bias, y, *three)
     else:
-        _call("linear_f32", work, x, weight.values, bias, y, *sizes)
+        _call("linear_f32", work, x, weight.values, bias, y, *three)
     return y.view(shape)
 
 

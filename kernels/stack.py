@@ -15,14 +15,14 @@ from kernels import native
 from kernels.native import Packed
 
 P, I64, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 class _Product(ctypes.Structure):
     _fields_ = (
         *((name, P) for name in ("values", "scales", "sums", "bias")),
-        *((name, I64) for name in ("inner", "out", "kind")),
+        *((name, I64) for name in ("inner", "out", "groups", "kind")),
     )
 
 
@@ -144,7 +144,8 @@ def _layer(parts: LayerParts) -> _Layer:
 
 def _product(weight: Packed, bias: Tensor | None) -> _Product:
     where = map(_address, (weight.values, weight.scales, weight.sums, bias))
-    return _Product(*where, weight.inner, weight.out, KINDS[weight.values.dtype])
+    kind = KINDS[weight.values.dtype]
+    return _Product(*where, weight.inner, weight.out, weight.groups, kind)
 
 
 def _address(tensor: Tensor | None) -> int | None:

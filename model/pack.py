@@ -1,7 +1,8 @@
 """Weights as a CPU likes to read them: applied to a loaded decoder from outside.
 
-Products then run natively, with float32 activations over float32, bfloat16 or int8 weights, and
-a row's result is bit for bit the same in any company. See `kernels/native.py`.
+Products then run natively, with float32 activations over float32 and bfloat16 weights, rounded
+ones over int8 and int4, and a row's result is bit for bit the same in any company. See
+`kernels/native.py`.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import native
-from kernels.linear import Int8Weight
+from kernels.linear import Int4Weight, Int8Weight
 from kernels.native import Packed, pack, unpack
 from kernels.stack import ACTIVATIONS, LayerParts, Shape, Stack
 from model.cache import Cache, Rows
@@ -160,6 +161,8 @@ def _packed(weight: object) -> Packed | None:
     """None: only torch knows how to multiply by it."""
     if isinstance(weight, Int8Weight) and weight.scales.shape[1] == 1 and native.has_int8():
         return pack(weight.values, weight.scales[:, 0], own=True)
+    if isinstance(weight, Int4Weight) and native.packs_int4(*weight):
+        return pack(*weight, own=True)
     if not isinstance(weight, Tensor):
         return None
     weight = weight.detach()

@@ -66,7 +66,7 @@ def start(
         dtype=dtype,
         device=where,
         quantization=quantize,
-        head=native_wanted and quantize == "int8" and native.has_int8(),
+        head=native_wanted and quantize in ("int8", "int4") and native.has_int8(),
         context=context or 0,
     )
     config = decoder.config
@@ -74,7 +74,7 @@ def start(
     stored = next(iter(decoder.parameters())).dtype
     parameters, width = count(decoder), stored.itemsize
     ways = _enable_native(decoder, threads) if native_wanted else ""
-    rounded = quantize == "int8" or stored == torch.bfloat16
+    rounded = quantize in ("int8", "int4") or stored == torch.bfloat16
     in_native = native_wanted and not ways
     if in_native:
         stored = torch.float32  # what native kernels compute in
@@ -146,7 +146,7 @@ def _in_torch(where: torch.device, quantize: str, kv_dtype: str) -> str:
     """What of a step native kernels cannot do; empty: nothing."""
     if where.type != "cpu":
         return "the device is a GPU, where large products are cuBLAS’s"
-    if quantize in ("int4", "fp8"):
+    if quantize == "fp8" or (quantize == "int4" and not native.has_int8()):
         return f"--quantize {quantize} has no native product"
     if kv_dtype in FORMATS:
         return f"--kv-dtype {kv_dtype} has no native attention"

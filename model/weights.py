@@ -43,7 +43,7 @@ def load(
 
     dtype: a format or its name; "auto" keeps what is stored where the device is good at it.
     group: a quantised row has a scale for each `group` weights; 0: as suits the format.
-    head: its weight is rounded too, which only the CPU's own kernels can look up again.
+    head: its weight becomes int8 too, which only the CPU's own kernels can look up again.
     context: the longest text that will be served; 0: the model's own.
     """
     if quantization not in ("none", *quantize.FORMATS):
@@ -56,8 +56,10 @@ def load(
         dtype = pick_dtype(dtype, device, manifest.dtype)
     decoder = build(manifest.config, dtype, device, context)
     check(manifest, decoder)
-    names = [*quantize.chosen(decoder), *([quantize.head_name(decoder)] if head else [])]
-    kinds = {} if quantization == "none" else dict.fromkeys(names, quantization)
+    kinds: dict[str, str] = {}
+    if quantization != "none":
+        kinds = dict.fromkeys(quantize.chosen(decoder), quantization)
+        kinds |= {quantize.head_name(decoder): "int8"} if head else {}
     _check_memory(decoder, kinds, device)
     rooms = _furnish(decoder, kinds, group, device)
     for move in _shown(manifest.moves):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "threads.h"
@@ -69,16 +70,22 @@ static void block(const float* x, const W* w, const float* bias, float* y, i64 i
     }
 }
 
-template <typename W>
-static void rows_of(const float* x, const W* w, const float* b, float* y, i64 rows, i64 in, i64 out,
-                    int n) {
-    for (; rows >= ROWS; rows -= ROWS, x += ROWS * in, y += ROWS * out)
-        block<ROWS>(x, w, b, y, in, out, n);
-    switch (rows) {
-#define CASE(M) case M: return block<M>(x, w, b, y, in, out, n);
+// f(first, how many) over the rows, a constant number at a time
+template <int MOST = ROWS, typename F>
+static void by_rows(i64 rows, F f) {
+    i64 r = 0;
+    for (; r + MOST <= rows; r += MOST) f(r, std::integral_constant<int, MOST>());
+    switch (rows - r) {
+#define CASE(M) case M: if constexpr (M < MOST) f(r, std::integral_constant<int, M>()); break;
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)
 #undef CASE
     }
+}
+
+template <typename W>
+static void rows_of(const float* x, const W* w, const float* b, float* y, i64 rows, i64 in, i64 out,
+                    int n) {
+    by_rows(rows, [=](i64 r, auto count) { block<count>(x + r * in, w, b, y + r * out, in, out, n); });
 }
 
 // f(row, rows, first output, outputs): as many rows at a time as stay in a core's second cache.
@@ -93,12 +100,12 @@ static void by_tiles(i64 rows, i64 bytes, i64 out, int threads, F f) {
 }
 
 // act(x Gᵀ) · x Uᵀ with W = G | U, a tile of both at a time: what is between them stays near.
-template <typename A, typename P>
+template <int MOST = ROWS, typename A, typename P>
 static void gated_tiles(i64 rows, i64 bytes, i64 half, int threads, float* y, A act, P product) {
     by_tiles(rows, bytes, half, threads, [=](i64 row, i64 count, i64 first, int) {
-        float gate[ROWS * TILE], up[ROWS * TILE];
-        for (i64 r = row; r < row + count; r += ROWS) {
-            i64 some = std::min<i64>(ROWS, row + count - r);
+        float gate[MOST * TILE], up[MOST * TILE];
+        for (i64 r = row; r < row + count; r += MOST) {
+            i64 some = std::min<i64>(MOST, row + count - r);
             product(r, some, first, gate);
             product(r, some, half + first, up);
             for (i64 m = 0; m < some; m++)
@@ -179,15 +186,13 @@ static void block8(const uint8_t* x, const float* xs, const int8_t* w, const flo
 
 static void rows_of8(const uint8_t* x, const float* xs, const int8_t* w, const float* ws,
                      const int32_t* wsum, const float* b, float* y, i64 rows, i64 in, i64 out, int n) {
-    for (; rows >= ROWS; rows -= ROWS, x += ROWS * in, xs += ROWS, y += ROWS * out)
-        block8<ROWS>(x, xs, w, ws, wsum, b, y, in, out, n);
-    switch (rows) {
-#define CASE(M) case M: return block8<M>(x, xs, w, ws, wsum, b, y, in, out, n);
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)
-#undef CASE
-    }
+    by_rows(rows, [=](i64 r, auto count) {
+        block8<count>(x + r * in, xs + r, w, ws, wsum, b, y + r * out, in, out, n);
+    });
 }
 
+// ZERO: what 0 becomes
+template <int ZERO>
 static void round_row(const float* x, uint8_t* q, float* scale, i64 in, i64 padded) {
     __m512 top = _mm512_setzero_ps();
     i64 k = 0;
@@ -200,17 +205,17 @@ static void round_row(const float* x, uint8_t* q, float* scale, i64 in, i64 padd
     __m512 times = _mm512_set1_ps(back);
     for (k = 0; k + 16 <= in; k += 16) {
         __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), times));
-        whole = _mm512_add_epi32(whole, _mm512_set1_epi32(128));
+        whole = _mm512_add_epi32(whole, _mm512_set1_epi32(ZERO));
         _mm_storeu_si128((__m128i*)(q + k), _mm512_cvtepi32_epi8(whole));
     }
-    for (; k < in; k++) q[k] = (uint8_t)(std::nearbyint(x[k] * back) + 128);
-    for (; k < padded; k++) q[k] = 128;
+    for (; k < in; k++) q[k] = (uint8_t)((int)std::nearbyint(x[k] * back) + ZERO);
+    for (; k < padded; k++) q[k] = ZERO;
 }
 
 static i64 round_rows(const float* x, uint8_t* q, float* xs, i64 rows, i64 in, int threads) {
     i64 padded = (in + 3) / 4 * 4;
     split(rows, rows * in > SMALL ? threads : 1, [=](i64 begin, i64 end) {
-        for (i64 r = begin; r < end; r++) round_row(x + r * in, q + r * padded, xs + r, in, padded);
+        for (i64 r = begin; r < end; r++) round_row<128>(x + r * in, q + r * padded, xs + r, in, padded);
     });
     return padded;
 }
@@ -236,8 +241,103 @@ extern "C" void linear_int8(const float* x, const int8_t* packed, const float* s
                  b, y + row * out + first, count, padded, out, n);
     });
 }
+
+// ── and with int4 weights, which have a scale for each group of a row ──────────────────────────
+// packed [out / TILE][in / 8][TILE][4]: a byte holds w + 8 of two channels half a group apart.
+// scales [out / TILE][groups][TILE]. Here the weights are unsigned and rows of x are not; behind a
+// row lies −8 · Σ x of each group, where its sums begin.
+
+static const int FEWER = 8;  // rows of a block, as both halves of a byte take registers too
+
+template <int M>
+static void block4(const int8_t* x, i64 step, const float* xs, const uint8_t* w, const float* ws,
+                   const float* bias, float* y, i64 in, i64 groups, i64 out, int n) {
+    const __m512i low = _mm512_set1_epi8(15);
+    const i64 half = in / groups / 2;
+    float total[M][TILE] = {};
+    for (i64 g = 0; g < groups; g++, ws += TILE) {
+        __m512i sum[M][2];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+            sum[m][0] = sum[m][1] = _mm512_set1_epi32(((const int32_t*)(x + m * step + in))[g]);
+        for (i64 k = 0; k < half; k += 4, w += TILE * 4) {
+            __builtin_prefetch(w + AHEAD), __builtin_prefetch(w + AHEAD + 64);
+#pragma GCC unroll 1
+            for (int high = 0; high < 2; high++) {
+                __m128i by = _mm_cvtsi32_si128(4 * high);
+                __m512i a = _mm512_srl_epi16(_mm512_loadu_si512(w), by);
+                __m512i b = _mm512_srl_epi16(_mm512_loadu_si512(w + 64), by);
+                a = _mm512_and_si512(a, low), b = _mm512_and_si512(b, low);
+#pragma GCC unroll 16
+                for (int m = 0; m < M; m++) {
+                    int32_t four;
+                    memcpy(&four, x + m * step + (2 * g + high) * half + k, 4);
+                    __m512i s = _mm512_set1_epi32(four);
+                    sum[m][0] = _mm512_dpbusd_epi32(sum[m][0], a, s);
+                    sum[m][1] = _mm512_dpbusd_epi32(sum[m][1], b, s);
+                }
+            }
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            *(v16*)total[m] += (v16)_mm512_cvtepi32_ps(sum[m][0]) * load16(ws);
+            *(v16*)(total[m] + 16) += (v16)_mm512_cvtepi32_ps(sum[m][1]) * load16(ws + 16);
+        }
+        asm volatile("" ::"r"(total) : "memory");  // they would take the registers of the sums
+    }
+    for (int m = 0; m < M; m++)
+        for (int j = 0; j < n; j++) y[m * out + j] = total[m][j] * xs[m] + (bias ? bias[j] : 0);
+}
+
+static void rows_of4(const int8_t* x, i64 step, const float* xs, const uint8_t* w, const float* ws,
+                     const float* b, float* y, i64 rows, i64 in, i64 groups, i64 out, int n) {
+    by_rows<FEWER>(rows, [=](i64 r, auto count) {
+        block4<count>(x + r * step, step, xs + r, w, ws, b, y + r * out, in, groups, out, n);
+    });
+}
+
+static i64 round_rows_by_group(const float* x, int8_t* q, float* xs, i64 rows, i64 in, i64 groups, int threads) {
+    i64 step = in + groups * sizeof(int32_t);
+    split(rows, rows * in > SMALL ? threads : 1, [=](i64 begin, i64 end) {
+        for (i64 r = begin; r < end; r++) {
+            int8_t* row = q + r * step;
+            round_row<0>(x + r * in, (uint8_t*)row, xs + r, in, in);
+            for (i64 g = 0, each = in / groups; g < groups; g++) {
+                int32_t sum = 0;
+                for (i64 k = 0; k < each; k++) sum += row[g * each + k];
+                ((int32_t*)(row + in))[g] = -8 * sum;
+            }
+        }
+    });
+    return step;
+}
+
+template <typename A>
+static void gated_int4(const float* x, const uint8_t* packed, const float* scales, const float* bias,
+                       float* y, int8_t* q, float* xs, i64 rows, i64 in, i64 groups, i64 half,
+                       int threads, A act) {
+    i64 step = round_rows_by_group(x, q, xs, rows, in, groups, threads);
+    gated_tiles<FEWER>(rows, step, half, threads, y, act, [=](i64 r, i64 some, i64 first, float* to) {
+        rows_of4(q + r * step, step, xs + r, packed + first * in / 2, scales + first * groups,
+                 bias ? bias + first : bias, to, some, in, groups, TILE, TILE);
+    });
+}
+
+extern "C" void linear_int4(const float* x, const uint8_t* packed, const float* scales, const float* bias,
+                            float* y, int8_t* q, float* xs, i64 rows, i64 in, i64 groups, i64 out, int threads) {
+    i64 step = round_rows_by_group(x, q, xs, rows, in, groups, threads);
+    by_tiles(rows, step, out, threads, [=](i64 row, i64 count, i64 first, int n) {
+        rows_of4(q + row * step, step, xs + row, packed + first * in / 2, scales + first * groups,
+                 bias ? bias + first : bias, y + row * out + first, count, in, groups, out, n);
+    });
+}
 #else
 extern "C" int has_int8() { return 0; }
+template <typename A>
+static void gated_int4(const float*, const uint8_t*, const float*, const float*, float*, int8_t*, float*,
+                       i64, i64, i64, i64, int, A) {}
+extern "C" void linear_int4(const float*, const uint8_t*, const float*, const float*, float*, int8_t*, float*,
+                            i64, i64, i64, i64, int) {}
 template <typename A>
 static void gated_int8(const float*, const int8_t*, const float*, const int32_t*, const float*, float*,
                        uint8_t*, float*, i64, i64, i64, int, A) {}

@@ -21,7 +21,7 @@ struct Product {
     const float* scales;
     const int32_t* sums;
     const float* bias;
-    i64 in, out, kind;  // kind 0: float32, 1: bfloat16, 2: int8
+    i64 in, out, groups, kind;  // kind 0: float32, 1: bfloat16, 2: int8, 3: int4
 };
 
 struct Layer {
@@ -72,7 +72,7 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
     i64 total = 0;
     for (i64 size : sizes) total += size;
     if ((i64)room.floats.size() < total) room.floats.resize(total);
-    i64 most = n * (std::max(widest, a.hidden) + 4);
+    i64 most = 2 * n * (std::max(widest, a.hidden) + 4);  // int4 has sums behind its rows
     if ((i64)room.bytes.size() < most) room.bytes.resize(most);
     part[0] = room.floats.data();
     for (int i = 1; i < 6; i++) part[i] = part[i - 1] + sizes[i - 1];
@@ -87,6 +87,9 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         if (w.kind == 2)
             linear_int8(from, (const int8_t*)w.values, w.scales, w.sums, w.bias, to,
                         room.bytes.data(), scales, n, w.in, w.out, threads);
+        else if (w.kind == 3)
+            linear_int4(from, (const uint8_t*)w.values, w.scales, w.bias, to,
+                        (int8_t*)room.bytes.data(), scales, n, w.in, w.groups, w.out, threads);
         else if (w.kind == 1)
             linear_bf16(from, (const uint16_t*)w.values, w.bias, to, n, w.in, w.out, threads);
         else
@@ -99,6 +102,9 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         } else if (w.kind == 2)
             gated_int8(h, (const int8_t*)w.values, w.scales, w.sums, w.bias, fed, room.bytes.data(),
                        scales, n, w.in, inner, crew(w), act);
+        else if (w.kind == 3)
+            gated_int4(h, (const uint8_t*)w.values, w.scales, w.bias, fed, (int8_t*)room.bytes.data(),
+                       scales, n, w.in, w.groups, inner, crew(w), act);
         else if (w.kind == 1)
             gated_linear(h, (const uint16_t*)w.values, w.bias, fed, n, w.in, inner, crew(w), act);
         else

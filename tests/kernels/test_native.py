@@ -13,6 +13,7 @@ import kernels.pages
 import kernels.topk
 from kernels import native
 from kernels.attention import attention_reference
+from kernels.linear import quantize_int4
 
 try:
     native.compiled()
@@ -75,13 +76,37 @@ def test_linear_int8_is_exact_in_integers(rows: int, inner: int, out: int) -> No
     assert torch.equal(native.linear(x, packed).double(), x.double() @ values.double().T * 0.5)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+GROUPED = [(1, 64, 96, 32), (5, 72, 70, 24), (12, 896, 32, 128), (13, 8, 1, 8), (40, 192, 257, 64)]
+
+
+@pytest.mark.skipif(not native.has_int8(), reason="this processor has no AVX-512 VNNI")
+@pytest.mark.parametrize(("rows", "inner", "out", "group"), GROUPED)
+def test_linear_int4_is_exact_in_integers(rows: int, inner: int, out: int, group: int) -> None:
+    x = torch.randint(-127, 128, (rows, inner), generator=torch.Generator().manual_seed(0)).float()
+    x[:, 0] = 127  # so that a row's scale is 1
+    values = torch.randint(-7, 8, (out, inner), generator=torch.Generator().manual_seed(1)).float()
+    values[:, ::group] = 7
+    powers = 2.0 ** torch.randint(-2, 3, (out, inner // group)).repeat_interleave(group, 1)
+    weight = quantize_int4(values * powers, inner // group)
+    packed, bias = native.pack(*weight), chance(out).round()
+    assert torch.equal(native.unpack(packed), values * powers)
+    assert torch.equal(
+        native.unpack(packed, torch.tensor([0, out - 1])), (values * powers)[[0, -1]]
+    )
+    exact = x.double() @ (values * powers).double().T + bias
+    assert torch.equal(native.linear(x, packed, bias).double(), exact)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 def test_a_row_is_the_same_in_any_company(kind: str) -> None:
     weight, x = chance(100, 260), chance(37, 260, seed=3)
+    if kind.startswith("int") and not native.has_int8():
+        pytest.skip("this processor has no AVX-512 VNNI")
     if kind == "int8":
-        if not native.has_int8():
-            pytest.skip("this processor has no AVX-512 VNNI")
         packed = native.pack((weight * 30).round().clamp(-127, 127).to(torch.int8), torch.ones(100))
+    elif kind == "int4":
+        weight, x = weight[:, :256], x[:, :256]
+        packed = native.pack(*quantize_int4(weight, 4))
     else:
         packed = native.pack(weight.to(getattr(torch, kind)))
     together = native.linear(x, packed)
