@@ -144,7 +144,8 @@ def main() -> None:
 def finish(given: Namespace, rows: list[harness.Row], ceilings: dict[int, limits.Limits]) -> None:
     if not rows:
         sys.exit(f"no engine could take part: {given.missing}")
-    columns = dict.fromkeys(name for row in rows for name in row)  # those that failed have fewer
+    fullest = max(rows, key=len)  # those that failed have fewer
+    columns = dict.fromkeys([*fullest, *(name for row in rows for name in row)])
     rows = sorted(rows, key=lambda row: (row["threads"], row["precision"], _place(row["case"])))
     rows = [{name: row.get(name) for name in columns} for row in rows]
     draw(given.plot, given.shape, rows)

@@ -5,7 +5,9 @@
 The server is the real one: listener, routes, the engine in its process, its scheduler. Only the
 network is replaced: it says anything, a step every few milliseconds. The text of each token is
 the time at which the engine spelled it, so the client sees how long it was on its way. CPU time
-is of the server's front process alone. Ends in one JSON line.
+is of the server's front process alone. The reader has a core of its own, and the server the others:
+woken on the front's core, it stood in line behind it for half a millisecond a token, which was
+told as the server's. Ends in one JSON line.
 """
 
 import argparse
@@ -42,6 +44,7 @@ from server.metrics import Metrics
 from server.settle import settle
 
 CONTEXT, VOCABULARY = 1 << 20, 256
+CORES = sorted(os.sched_getaffinity(0))
 
 
 class Nothing:
@@ -187,6 +190,8 @@ def listen(port: int, streams: int, tokens: int) -> Heard:
 def measure(streams: int, pause: float, seconds: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.front", "--serve", str(pause), str(streams)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    os.sched_setaffinity(child.pid, CORES[:-1] or CORES)
+    os.sched_setaffinity(0, CORES[-1:])
     try:
         assert child.stdout is not None
         port = int(child.stdout.readline())
@@ -207,7 +212,8 @@ def measure(streams: int, pause: float, seconds: float) -> dict[str, Any]:
         "tokens_per_s": heard.tokens / wall,
         "tokens_per_cpu_s": heard.tokens / spent,
         "events_per_cpu_s": heard.events / spent,
-        "late_ms": statistics.median(late) * 1000,
+        "late_ms": statistics.mean(late) * 1000,
+        "late_median_ms": statistics.median(late) * 1000,
         "late_p99_ms": late[int(len(late) * 0.99)] * 1000,
         "cpu_ms_per_event": spent / heard.events * 1000,
     }
@@ -230,7 +236,7 @@ def main() -> None:
     pauses = dict.fromkeys(asked.streams, asked.step_ms / 1000)
     rows = [measure(streams, pause, asked.seconds) for streams, pause in pauses.items()]
     rows.append(measure(asked.streams[-1], 0.0, asked.seconds))  # as fast as it goes
-    finish("front", rows, asked, goal={"tokens_per_cpu_s": 3000, "cpu_ms_per_event": 1.0})
+    finish("front", rows, asked, goal={"tokens_per_cpu_s": 3000, "late_ms": 1.0})
 
 
 if __name__ == "__main__":

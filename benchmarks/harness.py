@@ -94,6 +94,7 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=0, help="CPU threads; 0: one per core")
     made.add_argument("--plot", type=Path, help="where to draw the picture (PNG)")
     made.add_argument("--save", action="store_true", help="keep the result in benchmarks/results/")
+    made.add_argument("--label", help="what sets a kept result apart, as 'one thread'")
     return made
 
 
@@ -124,16 +125,18 @@ def finish(name: str, rows: Sequence[Row], options: argparse.Namespace, **more: 
         print(sentence)
     record = {"benchmark": name, **conditions(), **more, "rows": [dict(row) for row in rows]}
     if options.save:
-        _keep(record, getattr(options, "plot", None))
+        _keep(record, options)
     print(json.dumps(record, default=str))
 
 
-def _keep(record: dict[str, Any], picture: Path | None) -> None:
+def _keep(record: dict[str, Any], options: argparse.Namespace) -> None:
     """In benchmarks/results/, with the picture if one was drawn."""
     RESULTS.mkdir(exist_ok=True)
+    picture = getattr(options, "plot", None)
+    record["label"] = getattr(options, "label", None)
     about = [record["benchmark"], record.get("shape"), *record.get("precisions", ())]
-    words = [word for word in (*about, record["device"], record["commit"]) if word]
-    stem = "-".join(words).replace(" ", "-").lower()
+    words = [*about, record["label"], record["device"], record["commit"]]
+    stem = "-".join(filter(None, words)).replace(" ", "-").lower()
     if picture is not None:
         record["picture"] = f"{stem}{picture.suffix}"
         shutil.copyfile(picture, RESULTS / record["picture"])

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,41 +32,55 @@ of the first; *streams* are as many such requests at once, with their prompts; *
 of 1,024; *beam 4* is 64 tokens. *Ratio* is Kvist's speed over the other's, the median over rounds
 in which all took their turn: above 1, Kvist is faster. *Of limit* is the share of what the memory's
 bandwidth and the units' rate allow, both measured in the same run.""",
-    "throughput": """Requests of 32 tokens after 64. *Clients* ask again when they are answered;
-*a second* is how often requests come by themselves. Goodput counts those whose first token came in
-time.""",
-    "latency": """The first token of all rows of a batch, and the time from token to token:
-percentiles.""",
+    "throughput": """*Clients* ask again when they are answered; the other loads come by themselves, at
+a share of the requests a second that the fastest clients got. *Own* prompts have nothing in common,
+*shared* ones their first half, with the prefix cache on. *First* is the wait for the first token,
+*next* a request's mean time from token to token: percentiles over requests. *Goodput* counts the
+requests whose two waits were within the targets below. *Cpu* is of the engine, or of the whole server.
+*Of limit* is the share of what the memory's bandwidth and the units' rate allow; a small model's
+weights stay in the processor's cache, which is faster.""",
+    "latency": """Rows that ask at once. *First* is the wait for the first token, prompts before it and
+all; *next* the time from token to token while every row decodes: percentiles over requests and tokens.
+*Of bandwidth* is what a step reads (weights, keys and values), *of products* what the prompts multiply,
+each as a share of what was measured in the same run.""",
 }
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
-    """In a fixed order, whatever the files are called."""
-    parts = [section(result) for result in sorted(results, key=_rank)]
-    return "\n".join([HEAD, *(parts or [EMPTY])])
+    """In a fixed order, whatever the files are called; a chapter a benchmark."""
+    parts = [HEAD]
+    for name, found in groupby(sorted(results, key=_rank), lambda result: result["benchmark"]):
+        parts += [f"## {name.replace('_', ' ').capitalize()}\n"]
+        parts += [f"{NOTES[name]}\n"] if name in NOTES else []
+        parts += [section(result) for result in found]
+    return "\n".join(parts if results else [HEAD, EMPTY])
 
 
 def _rank(result: Mapping[str, Any]) -> tuple[int, str, str, str]:
     name = result["benchmark"]
     place = ORDER.index(name) if name in ORDER else len(ORDER)
-    return place, name, result.get("shape") or "", result["device"]
+    return place, name, _title(result), result["device"]
 
 
 def section(result: Mapping[str, Any]) -> str:
-    lines = [f"## {_title(result)}", ""]
-    if result["benchmark"] in NOTES:
-        lines += [NOTES[result["benchmark"]], ""]
-    lines += [conditions(result), ""]
+    lines = [f"### {_title(result)}", "", conditions(result), ""]
     if result.get("disturbed"):
         lines += ["**This run was disturbed**: its spread is above 15 %.", ""]
-    lines += [*ceilings(result), *tables(result["rows"]), *missing(result)]
+    lines += [*ceilings(result), *picture(result), *tables(result["rows"])]
+    lines += [f"- {sentence}" for sentence in result.get("said", ())]
+    lines += missing(result)
     return "\n".join(lines).rstrip() + "\n"
 
 
 def _title(result: Mapping[str, Any]) -> str:
-    name = result["benchmark"].replace("_", " ").capitalize()
-    of = [result.get("shape"), *result.get("precisions", ())]
-    return ": ".join([name, *([", ".join(filter(None, of))] if any(of) else [])])
+    of = [result.get("shape"), *result.get("precisions", ()), result.get("label")]
+    model = result.get("about", {}).get("model")
+    return ", ".join(filter(None, of)) or (f"model {model}" if model else result["device"])
+
+
+def picture(result: Mapping[str, Any]) -> Iterator[str]:
+    if "picture" in result:
+        yield f"![{_title(result)}](../benchmarks/results/{result['picture']})\n"
 
 
 def conditions(result: Mapping[str, Any]) -> str:

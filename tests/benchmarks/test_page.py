@@ -48,7 +48,22 @@ def test_the_order_is_that_of_the_table_of_contents(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     found = page.page(page.kept(tmp_path))
     assert found == page.page([RESULT, other])
-    assert found.index("## Compare: llama-0.5b") < found.index("## Latency")
+    heads = ["## Compare", "### llama-0.5b", "## Latency", "### Some CPU"]
+    assert [line for line in found.splitlines() if line.startswith("##")] == heads
+
+
+def test_results_of_one_benchmark_share_its_explanation() -> None:
+    other = RESULT | {"label": "one thread", "picture": "x.png", "said": ["It is so."]}
+    text = page.page([RESULT, other])
+    assert text.count(page.NOTES["compare"]) == 1
+    assert "### llama-0.5b, one thread" in text
+    assert "![llama-0.5b, one thread](../benchmarks/results/x.png)" in text
+    assert "- It is so." in text
+
+
+def test_every_picture_of_the_page_is_kept() -> None:
+    for result in page.kept():
+        assert "picture" not in result or (page.RESULTS / result["picture"]).exists()
 
 
 def test_no_result_is_said() -> None:
