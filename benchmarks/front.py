@@ -203,6 +203,7 @@ def measure(streams: int, pause: float, seconds: float) -> dict[str, Any]:
     finally:
         child.terminate()
         child.wait(10)
+        os.sched_setaffinity(0, CORES)
     late = sorted(heard.late)
     return {
         "streams": streams,
