@@ -32,17 +32,17 @@ of the first; *streams* are as many such requests at once, with their prompts; *
 of 1,024; *beam 4* is 64 tokens. *Ratio* is Kvist's speed over the other's, the median over rounds
 in which all took their turn: above 1, Kvist is faster. *Of limit* is the share of what the memory's
 bandwidth and the units' rate allow, both measured in the same run.""",
-    "throughput": """*Clients* ask again when they are answered; the other loads come by themselves, at
-a share of the requests a second that the fastest clients got. *Own* prompts have nothing in common,
-*shared* ones their first half, with the prefix cache on. *First* is the wait for the first token,
-*next* a request's mean time from token to token: percentiles over requests. *Goodput* counts the
-requests whose two waits were within the targets below. *Cpu* is of the engine, or of the whole server.
-*Of limit* is the share of what the memory's bandwidth and the units' rate allow; a small model's
-weights stay in the processor's cache, which is faster.""",
-    "latency": """Rows that ask at once. *First* is the wait for the first token, prompts before it and
-all; *next* the time from token to token while every row decodes: percentiles over requests and tokens.
-*Of bandwidth* is what a step reads (weights, keys and values), *of products* what the prompts multiply,
-each as a share of what was measured in the same run.""",
+    "throughput": """*Clients* ask again when they are answered; the other loads come by themselves,
+at a share of the requests a second that the fastest clients got. *Own* prompts have nothing in
+common, *shared* ones their first half, with the prefix cache on. *First* is the wait for the first
+token, *next* a request's mean time from token to token: percentiles over requests. *Goodput* counts
+the requests whose two waits were within the targets below. *Cpu* is the engine's, or the whole
+server's. *Of limit* is the share of what the memory's bandwidth and the units' rate allow; a small
+model's weights stay in the processor's cache, which is faster.""",
+    "latency": """Rows that ask at once. *First* is the wait for the first token, all prompts before
+it included; *next* the time from token to token while every row decodes: percentiles over requests
+and tokens. *Of bandwidth* is what a step reads (weights, keys and values), *of products* what the
+prompts multiply, as shares of what was measured in the same run.""",
 }
 
 
