@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from benchmarks import harness, limits, ways
@@ -99,13 +98,13 @@ def contest(options: Namespace, way: Way, about: About) -> list[Case]:
 
 def main() -> None:
     options = asked()
-    torch.set_num_threads(options.threads or cores())
+    threads = options.threads or cores()
     about, found, peaks = About.of(options), {}, {}
     for name in options.over:
         with WAYS[name](options) as way:
             found[name] = contest(options, way, about)
             peaks[name] = way.peak()
-    ceiling = limits.measure(3)  # last: it takes a gigabyte
+    ceiling = limits.measure(3, threads)  # last: it takes a gigabyte
     rows = [
         {"over": name} | case.row(about.costs, ceiling)
         for name, some in found.items()
@@ -115,7 +114,7 @@ def main() -> None:
     harness.plot(options.plot, "Time per token", "tokens of context", "ms", dict(lines(rows)))
     harness.finish(
         "latency", rows, options, about=about.facts, peak=peaks, limits=asdict(ceiling),
-        rounds=options.rounds, said=[str(about), *said],
+        rounds=options.rounds, threads=threads, said=[str(about), *said],
     )  # fmt: skip
 
 

@@ -26,8 +26,11 @@ class Limits:
     launch: float  # seconds of a kernel that does nothing
 
 
-def measure(rounds: int = 5) -> Limits:
-    """Some seconds."""
+def measure(rounds: int = 5, threads: int = 0) -> Limits:
+    """Some seconds. `threads` of a CPU, if others are to be told than torch has: an engine with
+    threads of its own leaves it one."""
+    if threads:
+        torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     big = torch.ones(BYTES // 8, dtype=torch.int64, device=device)
     one = torch.ones(1, device=device)
@@ -65,9 +68,7 @@ def _integer_product() -> Callable[[], Tensor]:
 
 def main() -> None:
     options = harness.parser(__doc__).parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    found = measure()
+    found = measure(threads=options.threads)
     rows: list[harness.Row] = [
         {"what": "memory read", "rate": found.read / 1e9, "unit": "GB/s"},
         {"what": "float32 product", "rate": found.float32 / 1e9, "unit": "GFLOP/s"},

@@ -3,17 +3,18 @@
     python -m benchmarks.scheduler [--rows 256] [--steps 400]
 
 For 1 to 4,096 requests waiting behind a full batch: CPU time a token of `schedule` + `advance`,
-everything from the page table to the events, and the tokens/s that this alone would allow. Ends in
-one JSON line; `flat` is the cost a token at the longest queue over that at the shortest.
+everything from the page table to the events, and the tokens/s that this alone would allow; the best
+of three rounds. `flat` is the cost a token at the longest queue over that at the shortest.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 
 import numpy as np
+from tqdm import tqdm
 
+from benchmarks import harness
 from model.batch import Batch, Output
 from model.sampling import Sampling
 from server.engine.admission import Options
@@ -64,29 +65,32 @@ def measure(rows: int, waiting: int, steps: int, ahead: int) -> dict[str, float]
     for _ in range(steps):
         engine.step()
     spent, made = time.process_time() - began, engine.stats.output_tokens - before
-    return {"waiting": waiting, "us": spent / made * 1e6, "tokens_per_s": made / spent}
+    return {"waiting": waiting, "µs/token": spent / made * 1e6, "tok/s": made / spent}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--ahead", type=int, default=1)
+    parser.add_argument("--save", action="store_true", help="keep the result")
     asked = parser.parse_args()
-    print(f"{asked.rows} rows, {asked.steps} steps, {asked.ahead} ahead")
-    print(f"{'waiting':>8} {'µs/token':>9} {'tokens/s':>10}")
-    table = []
     queues = (1, 16, 256, 1024, 4096)
-    rounds = [[measure(asked.rows, w, asked.steps, asked.ahead) for w in queues] for _ in range(3)]
-    for many in zip(*rounds, strict=True):
-        row = min(many, key=lambda one: one["us"])  # neighbours on the machine only ever add
-        table.append(row)
-        waiting = row["waiting"]
-        print(f"{waiting:8} {row['us']:9.2f} {row['tokens_per_s']:10,.0f}")
-    worst = max(row["us"] for row in table)
-    flat = table[-1]["us"] / table[0]["us"]
-    said = {"benchmark": "scheduler", "rows": asked.rows, "goal_us": GOAL, "flat": round(flat, 3)}
-    print(json.dumps({**said, "us_per_token": round(worst, 2), "share": round(worst / GOAL, 3)}))
+    turns = tqdm([waiting for _ in range(3) for waiting in queues], disable=None, leave=False)
+    found = [measure(asked.rows, waiting, asked.steps, asked.ahead) for waiting in turns]
+    rows = [  # neighbours on the machine only ever add
+        min((one for one in found if one["waiting"] == waiting), key=lambda one: one["µs/token"])
+        for waiting in queues
+    ]
+    worst = max(row["µs/token"] for row in rows)
+    flat = rows[-1]["µs/token"] / rows[0]["µs/token"]
+    said = [
+        f"{asked.rows} rows, {asked.steps} steps, {asked.ahead} ahead: {worst:.1f} µs a token or "
+        f"less, {worst / GOAL:.2f} of the goal; the longest queue costs {flat:.2f} of the shortest."
+    ]
+    harness.finish("scheduler", rows, asked, goal_us=GOAL, flat=round(flat, 3), said=said)
 
 
 if __name__ == "__main__":

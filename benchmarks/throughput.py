@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from benchmarks import harness, limits, ways
@@ -120,8 +119,8 @@ def draw(words: int, length: int, shared: bool, count: int, seed: int) -> list[P
 
 def main() -> None:
     options = asked()
-    torch.set_num_threads(options.threads or cores())
-    about, ceiling = About.of(options), limits.measure(3)
+    threads = options.threads or cores()
+    about, ceiling = About.of(options), limits.measure(3, threads)
     passes = [(name, shared) for name in options.over for shared in (False, True)]
     rows: list[harness.Row] = []
     for name, shared in tqdm(passes, desc="throughput", disable=None, leave=False):
@@ -137,7 +136,7 @@ def main() -> None:
     harness.plot(options.plot, "Throughput", "clients", "tokens/s", lines)
     harness.finish(
         "throughput", rows, options, about=about.facts, limits=asdict(ceiling),
-        rounds=options.rounds, prompt=options.prompt, new=options.new,
+        rounds=options.rounds, threads=threads, prompt=options.prompt, new=options.new,
         said=[str(about), *told(options, lines)],
         disturbed=max(row["spread"] for row in rows if not row["asked/s"]) > 0.15,
     )  # fmt: skip
