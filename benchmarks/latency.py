@@ -104,7 +104,7 @@ def main() -> None:
         with WAYS[name](options) as way:
             found[name] = contest(options, way, about)
             peaks[name] = way.peak()
-    ceiling = limits.measure(3, threads)  # last: it takes a gigabyte
+    ceiling = limits.measure(7, threads)  # last: it takes a gigabyte
     rows = [
         {"over": name} | case.row(about.costs, ceiling)
         for name, some in found.items()

@@ -120,7 +120,7 @@ def draw(words: int, length: int, shared: bool, count: int, seed: int) -> list[P
 def main() -> None:
     options = asked()
     threads = options.threads or cores()
-    about, ceiling = About.of(options), limits.measure(3, threads)
+    about, ceiling = About.of(options), limits.measure(7, threads)
     passes = [(name, shared) for name in options.over for shared in (False, True)]
     rows: list[harness.Row] = []
     for name, shared in tqdm(passes, desc="throughput", disable=None, leave=False):
