@@ -1,6 +1,6 @@
 """Kvist beside other engines, in one run: the same noise, in each one's own format, the same work.
 
-    python -m benchmarks.compare [--shape llama-0.5b] [--precisions int8 float32] [--threads 1 2]
+    python -m benchmarks.compare [--shape llama-0.5b] [--precisions int4 int8 float32] [--threads 1 2]
     python -m benchmarks.compare --check        do they compute the same?
 
 Engines are those of `benchmarks/peers` that are installed (`pip install kvist[bench-peers]`); one
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness, limits
-from benchmarks.peers import PEERS, Work
+from benchmarks.peers import PEERS, PRECISIONS, Work
 from benchmarks.peers.contest import BYTES, WITHOUT_FIRST, Seat, contest, least
 from benchmarks.peers.picture import draw
 from benchmarks.peers.remote import Failed, convert, source
@@ -180,7 +180,7 @@ def options() -> Namespace:
     parser.set_defaults(threads=[len(os.sched_getaffinity(0))])
     next(a for a in parser._actions if a.dest == "threads").nargs = "+"
     add("--shape", choices=SHAPES, default="llama-0.5b")
-    add("--precisions", nargs="+", choices=["int8", "float32"], default=["int8", "float32"])
+    add("--precisions", nargs="+", choices=PRECISIONS, default=["int8", "float32"])
     add("--cases", nargs="+", choices=WORKS, default=list(WORKS))
     add("--engines", nargs="+", choices=PEERS, default=list(PEERS))
     add("--rounds", type=int, default=3)

@@ -23,18 +23,23 @@ class Entry:
     tells: bool = True  # its tokens, as ids; over HTTP texts go in, and only numbers come out
 
 
+PRECISIONS = ("int4", "int8", "float32")  # of the weights
 BOTH = {"float32": ("float32",), "int8": ("int8",)}
+ALL = {name: (name,) for name in PRECISIONS}
 PEERS = {
-    "kvist": Entry("torch", BOTH, converts=False),
-    "kvist_http": Entry("uvicorn", BOTH, converts=False, tells=False),
+    "kvist": Entry("torch", ALL, converts=False),
+    "kvist_http": Entry("uvicorn", ALL, converts=False, tells=False),
     "transformers": Entry("transformers", {"float32": ("float32",)}, converts=False),
     "transformers_http": Entry(
         "transformers", {"float32": ("float32",)}, converts=False, tells=False
     ),
     "continuous": Entry("transformers", {"float32": ("float32",)}, converts=False),
     "ctranslate2": Entry("ctranslate2", BOTH),
-    "llama_cpp": Entry("llama-cpp-python", {"float32": ("F32",), "int8": ("Q8_0", "Q4_0")}),
-    "openvino": Entry("openvino-genai", BOTH),
+    "llama_cpp": Entry(
+        "llama-cpp-python",
+        {"float32": ("F32",), "int8": ("Q8_0", "Q4_0"), "int4": ("Q4_0",)},  # its fastest, in two
+    ),
+    "openvino": Entry("openvino-genai", ALL),
     "onnxruntime": Entry("onnxruntime-genai", BOTH),
 }
 CONTEXT = 1280  # tokens of prompt and output that every engine has room for

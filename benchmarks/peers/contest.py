@@ -14,7 +14,8 @@ from benchmarks.peers.remote import Failed, Remote
 from benchmarks.peers.source import weights
 
 WITHOUT_FIRST = "decode"  # the case that counts what comes after the first token
-BYTES = {"float32": 4.0, "F32": 4.0, "int8": 1.0, "Q8_0": 34 / 32, "Q4_0": 18 / 32}  # of a weight
+HEAD = {"float32": 4.0, "F32": 4.0, "int8": 1.0, "int4": 1.0, "Q8_0": 34 / 32, "Q4_0": 34 / 32}
+BYTES = HEAD | {"int4": 0.5 + 4 / 128, "Q4_0": 18 / 32}  # of a weight in the layers
 
 
 @dataclass(eq=False)
@@ -33,7 +34,7 @@ class Seat:
 
     @property
     def name(self) -> str:
-        plain = self.form in ("float32", "int8", "F32")
+        plain = self.form in ("float32", "int8", "int4", "F32")
         return self.engine if plain else f"{self.engine} {self.form}"
 
     def turn(self, case: str, work: Work, counts: bool, patience: float) -> None:
@@ -89,10 +90,11 @@ def least(work: Work, form: str, shape: dict[str, Any], ceiling: Limits) -> floa
     """Seconds that reading the weights, keys and values, or the products take at the least."""
     layers, head = weights(shape), shape["vocabulary"] * shape["hidden"]
     rate = ceiling.float32 if BYTES[form] == 4 else ceiling.int8 or ceiling.float32
-    read = BYTES[form] * (layers + head) / ceiling.read
+    read = (BYTES[form] * layers + HEAD[form] * head) / ceiling.read
     seen = work.prompt + work.new / 2
     width = shape["hidden"] // shape["heads"] * shape["kv_heads"]
-    kept = 4 * 2 * shape["layers"] * width * seen / ceiling.read  # of one row
+    number = 4 if BYTES[form] == 4 else 2  # bytes; some keep less, which makes little of a step
+    kept = number * 2 * shape["layers"] * width * seen / ceiling.read  # of one row
     rows = work.streams * work.beams
     prompt = max(read, 2 * work.streams * (layers * work.prompt + head) / rate)
     step = max(read + rows * kept, 2 * rows * (layers + head) / rate)

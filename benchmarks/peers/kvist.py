@@ -16,7 +16,7 @@ class Peer:
             str(folder),
             threads=threads,
             dtype="float32",
-            quantize="int8" if form == "int8" else "none",
+            quantize="none" if form == "float32" else form,
             rows=STREAMS,
             pages=STREAMS * CONTEXT // 16,
             prefix_cache=False,

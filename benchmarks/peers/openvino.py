@@ -1,7 +1,8 @@
 """OpenVINO GenAI's continuous batching, over a graph written here operation by operation.
 
 The graph has the shape that its own exporter gives: states for keys and values, `beam_idx`, and
-norms, rotations and 8-bit weights (per output, symmetric) in the forms that its CPU fuses.
+norms, rotations and weights of 8 bits (per output, symmetric) or 4 (in groups of 128, the table of
+8), in the forms that its CPU fuses.
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from benchmarks.peers import CONTEXT, STREAMS
 from benchmarks.peers.tensors import Source
 
 PAGE = 32  # tokens, on a CPU
+GROUP = 128  # weights a scale, of 4 bits
 
 
 def write(source: Path, folder: Path, form: str) -> None:
@@ -37,7 +39,7 @@ class Graph:
     """Tensors are [rows, tokens, channels], and [rows, heads, tokens, channels] in attention."""
 
     def __init__(self, source: Source, form: str) -> None:
-        self.source, self.int8 = source, form == "int8"
+        self.source, self.form = source, form
         self.tensors = {f"{name}.{kind}": array for name, kind, array in source}
         self.ids = self._input("input_ids", [-1, -1])
         self.mask = self._input("attention_mask", [-1, -1])
@@ -68,11 +70,23 @@ class Graph:
 
     def _weight(self, name: str) -> Any:
         weight = self.tensors[f"{name}.weight"]
-        if not self.int8:
+        if self.form == "float32":
             return ov.constant(weight)
+        if self.form == "int4" and name != "embed":
+            return self._four_bits(weight)
         scale = np.abs(weight).max(1, keepdims=True) / 127
         stored = ov.constant(np.round(weight / scale).astype(np.int8))
         return ov.multiply(ov.convert(stored, "f32"), ov.constant(scale.astype(np.float32)))
+
+    def _four_bits(self, weight: Any) -> Any:
+        cut = weight.reshape(len(weight), -1, GROUP)
+        scale = np.abs(cut).max(2, keepdims=True) / 7
+        values = np.round(cut / scale).astype(np.int8).reshape(-1, 2) & 15
+        packed = (values[:, 0] | values[:, 1] << 4).astype(np.uint8)
+        stored = ov.constant(openvino.Tensor(packed, openvino.Shape(cut.shape), openvino.Type.i4))
+        scales = ov.constant(scale.astype(np.float16))
+        whole = ov.multiply(ov.convert(stored, "f16"), scales)
+        return ov.convert(ov.reshape(whole, list(weight.shape), False), "f32")
 
     def _linear(self, x: Any, name: str) -> Any:
         y = ov.matmul(x, self._weight(name), False, True)
