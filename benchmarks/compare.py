@@ -1,6 +1,6 @@
 """Kvist beside other engines, in one run: the same noise, in each one's own format, the same work.
 
-    python -m benchmarks.compare [--shape llama-0.5b] [--precisions int4 int8 float32] [--threads 1 2]
+    python -m benchmarks.compare [--shape llama-0.5b] [--precisions int4 int8] [--threads 1 2]
     python -m benchmarks.compare --check        do they compute the same?
 
 Engines are those of `benchmarks/peers` that are installed (`pip install kvist[bench-peers]`); one

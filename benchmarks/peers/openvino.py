@@ -83,7 +83,8 @@ class Graph:
         scale = np.abs(cut).max(2, keepdims=True) / 7
         values = np.round(cut / scale).astype(np.int8).reshape(-1, 2) & 15
         packed = (values[:, 0] | values[:, 1] << 4).astype(np.uint8)
-        stored = ov.constant(openvino.Tensor(packed, openvino.Shape(cut.shape), openvino.Type.i4))
+        tensor = openvino.Tensor(packed, openvino.Shape(cut.shape), openvino.Type.i4)
+        stored = ov.constant(tensor, False)  # a copy: else the memory would be ours to keep
         scales = ov.constant(scale.astype(np.float16))
         whole = ov.multiply(ov.convert(stored, "f16"), scales)
         return ov.convert(ov.reshape(whole, list(weight.shape), False), "f32")

@@ -1,7 +1,7 @@
-"""A crowd of streaming clients: `python -m benchmarks.soak.crowd leavers|stayers PORT SECONDS …`
+"""A crowd of streaming clients: `… -m benchmarks.soak.crowd leavers|stayers PORT SECONDS RATE …`
 
     leavers   so many newcomers a second, each of whom hangs up at any moment of its own
-    stayers   so many at once, each of whom is followed by another when it has all that it asked for
+    stayers   as many, who ask for no more than a leaver gets, and stay until they have it
 
 The kernel keeps what a client is sent until it leaves, or all is there. So a client costs 0.2 ms,
 and not 0.05 ms more a token as one that reads each of them: the load is the server's. From a
@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from benchmarks.served import HEAD, status
 
 PATIENCE = 30.0  # seconds
+MOST = 200  # tokens, far more than a leaver stays for
 IDS = re.compile(rb'"token_ids":\[([\d,]+)')
 
 
@@ -44,7 +45,7 @@ class Crowd:
 def leavers(port: int, seconds: float, rate: float, longest: float) -> Crowd:
     """They come at even distances, and stay from nothing to `longest` seconds."""
     rng, crowd, here = random.Random(1), Crowd(), dict[int, socket.socket]()
-    raw, began = message(), time.monotonic()
+    raw, began = message(MOST), time.monotonic()
     comes = [number / rate for number in range(round(rate * seconds))]
     leaves = [when + rng.uniform(0, longest) for when in comes]
     timetable = [(when, 0, number) for number, when in enumerate(comes)]
@@ -58,25 +59,32 @@ def leavers(port: int, seconds: float, rate: float, longest: float) -> Crowd:
     return crowd
 
 
-def stayers(port: int, seconds: float, count: float) -> Crowd:
-    crowd, raw, end = Crowd(), message(), time.monotonic() + seconds
+def stayers(port: int, seconds: float, rate: float, tokens: float) -> Crowd:
+    """They come at even distances, and ask for anything from one token to twice so many."""
+    rng, crowd, began = random.Random(1), Crowd(), time.monotonic()
     with selectors.DefaultSelector() as here:
-        for _ in range(round(count)):
-            here.register(_come(port, raw), selectors.EVENT_READ)
+        for number in range(round(rate * seconds)):
+            while (left := began + number / rate - time.monotonic()) > 0:
+                _goodbyes(here, crowd, left)
+            asked = message(rng.randint(1, max(1, round(2 * tokens) - 1)))
+            here.register(_come(port, asked), selectors.EVENT_READ)
         while here.get_map():
-            for key, _ in here.select(PATIENCE):
-                one = key.fileobj
-                assert isinstance(one, socket.socket)
-                here.unregister(one)
-                crowd.goes(one)
-                if time.monotonic() < end:
-                    here.register(_come(port, raw), selectors.EVENT_READ)
+            _goodbyes(here, crowd, PATIENCE)
     return crowd
 
 
-def message() -> bytes:
+def _goodbyes(here: selectors.BaseSelector, crowd: Crowd, seconds: float) -> None:
+    """Let those go who have it all."""
+    for key, _ in here.select(seconds):
+        one = key.fileobj
+        assert isinstance(one, socket.socket)
+        here.unregister(one)
+        crowd.goes(one)
+
+
+def message(tokens: int) -> bytes:
     body = {"prompt": "Once upon a time", "stream": True, "temperature": 0, "ignore_eos": True}
-    raw = json.dumps(body | {"max_tokens": 200, "return_token_ids": True}).encode()
+    raw = json.dumps(body | {"max_tokens": tokens, "return_token_ids": True}).encode()
     return f"{HEAD}content-length: {len(raw)}\r\nconnection: close\r\n\r\n".encode() + raw
 
 

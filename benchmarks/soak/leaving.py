@@ -20,7 +20,8 @@ LONGEST = 0.2  # seconds that a leaver stays at most
 
 @dataclass
 class Turn:
-    """How long the others waited with nobody else here, beside leavers, and beside stayers."""
+    """How long the others waited with nobody else here, beside leavers, and beside as many who
+    ask for what leavers get, and stay until they have it."""
 
     alone: list[float]
     leaving: list[float]
@@ -35,8 +36,8 @@ class Turn:
 async def cancels(asked: argparse.Namespace) -> Row:
     """G3: clients that leave; nothing stays behind, and the others hardly notice.
 
-    500 a second who stay 0.1 s in the mean are fifty streams at any time. Against fifty who stay,
-    the others' time tells what the leaving costs; against nobody, what fifty streams cost, too.
+    500 requests a second are a load, whoever leaves: `of_alone` tells of both. What the leaving
+    costs is told beside as many newcomers who get as many tokens, and stay to the end of them.
     """
     async with served(asked) as one, health(one) as seen:
         await _turn(one, asked.rate, 1)
@@ -45,7 +46,7 @@ async def cancels(asked: argparse.Namespace) -> Row:
     count, failed = (sum(getattr(t.crowd, name) for t in turns) for name in ("clients", "failed"))
     wasted = sum(max(0, turn.unread) for turn in turns) / (200 * count)
     back = max(turn.back for turn in turns)
-    ratio, told = _ratios(turns, lambda turn: turn.alone)
+    ratio, told = _ratios(turns, lambda turn: turn.staying)
     found = {
         "cancels": count,
         "front_cpu_ms": round(sum(turn.front for turn in turns) / count * 1000, 2),
@@ -54,8 +55,8 @@ async def cancels(asked: argparse.Namespace) -> Row:
         "failed": failed,
         "left": running,
         "back_s": round(back, 2),
-        "of_alone": told,
-        "of_beside_stayers": _ratios(turns, lambda turn: turn.staying)[1],
+        "of_beside_stayers": told,
+        "of_alone": _ratios(turns, lambda turn: turn.alone)[1],
     }
     found |= waits(
         alone=[wait for turn in turns for wait in turn.alone],
@@ -77,7 +78,7 @@ async def _turn(one: Served, rate: int, seconds: float) -> Turn:
     front, engine = (now - then for now, then in zip(one.computed(), before, strict=True))
     unread = await one.metric(MADE) - made - left.tokens - TOKENS * len(leaving)
     async with neighbour(one) as staying:
-        await crowd(stayers, one.port, seconds, rate * LONGEST / 2)
+        await crowd(stayers, one.port, seconds, rate, left.tokens / left.clients)
     return Turn(alone, leaving, staying, left, front, engine, unread, back)
 
 

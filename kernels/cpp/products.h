@@ -11,6 +11,7 @@
 static const i64 CACHE = 256 << 10;  // bytes of rows that a core keeps near
 static const int TILE = 32;  // outputs of a tile: two registers of 16 floats
 static const i64 AHEAD = 4096;  // bytes of weights asked for early: a page, where the core's own guess ends
+static const int RUN = 8;  // tiles read in a row before those of another place
 static const int ROWS = 12;  // rows of a block: 24 accumulators, the rest holds weights
 
 
@@ -90,30 +91,35 @@ static void rows_of(const float* x, const W* w, const float* b, float* y, i64 ro
 
 // f(row, rows, first output, outputs): as many rows at a time as stay in a core's second cache.
 template <typename F>
-static void by_tiles(i64 rows, i64 bytes, i64 out, int threads, F f) {
+static void by_tiles(i64 rows, i64 bytes, i64 out, int threads, F f, i64 run = 1) {
     i64 some = std::max<i64>(ROWS, CACHE / bytes / ROWS * ROWS);
     split((out + TILE - 1) / TILE, threads, [=](i64 begin, i64 end) {
+        i64 last = std::min(out, end * TILE);
         for (i64 row = 0; row < rows; row += some)
-            for (i64 first = begin * TILE; first < end * TILE; first += TILE)
-                f(row, std::min(some, rows - row), first, (int)std::min<i64>(TILE, out - first));
+            for (i64 first = begin * TILE; first < last; first += run * TILE)
+                f(row, std::min(some, rows - row), first, (int)std::min(run * TILE, last - first));
     });
 }
 
-// act(x Gᵀ) · x Uᵀ with W = G | U, a tile of both at a time: what is between them stays near.
+// act(x Gᵀ) · x Uᵀ with W = G | U, some tiles of both at a time: what is between them stays near.
+// With few rows it is the weights' reading that counts, and changing between G and U disturbs it.
 template <int MOST = ROWS, typename A, typename P>
 static void gated_tiles(i64 rows, i64 bytes, i64 half, int threads, float* y, A act, P product) {
-    by_tiles(rows, bytes, half, threads, [=](i64 row, i64 count, i64 first, int) {
-        float gate[MOST * TILE], up[MOST * TILE];
+    auto tiles = [=](i64 row, i64 count, i64 first, int n) {
+        float gate[RUN * MOST * TILE], up[MOST * TILE];
         for (i64 r = row; r < row + count; r += MOST) {
             i64 some = std::min<i64>(MOST, row + count - r);
-            product(r, some, first, gate);
-            product(r, some, half + first, up);
-            for (i64 m = 0; m < some; m++)
-                for (int j = 0; j < TILE; j += 16)
-                    *(v16*)(y + (r + m) * half + first + j) =
-                        act(load16(gate + m * TILE + j)) * load16(up + m * TILE + j);
+            for (int j = 0; j < n; j += TILE) product(r, some, first + j, gate + j * MOST);
+            for (int j = 0; j < n; j += TILE) {
+                product(r, some, half + first + j, up);
+                for (i64 m = 0; m < some; m++)
+                    for (int k = 0; k < TILE; k += 16)
+                        *(v16*)(y + (r + m) * half + first + j + k) =
+                            act(load16(gate + j * MOST + m * TILE + k)) * load16(up + m * TILE + k);
+            }
         }
-    });
+    };
+    by_tiles(rows, bytes, half, threads, tiles, rows > MOST ? 1 : RUN);
 }
 
 template <typename W, typename A>

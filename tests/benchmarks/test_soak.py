@@ -57,16 +57,17 @@ def test_an_answer_is_read_from_the_wire() -> None:
 
 def test_a_crowd_leaves_stays_or_is_failed() -> None:
     with running() as rig:
-        stayed = stayers(rig.port, 0, 3)
-        assert (stayed.clients, stayed.tokens, stayed.failed) == (3, 3 * 200, 0)
+        stayed = stayers(rig.port, 0.1, 30, 1)
+        assert (stayed.clients, stayed.tokens, stayed.failed) == (3, 3, 0)
+        assert 200 < stayers(rig.port, 0.1, 100, 50).tokens < 10 * 99
         rig.engine.delay = 0.05
         left = asyncio.run(crowd(leavers, rig.port, 0.5, 40, 0.2))
         assert (left.clients, left.failed) == (20, 0)
         assert left.tokens < 20 * 200
         rig.engine.delay, rig.engine.fail_at = 0.0, 2
-        assert stayers(rig.port, 0, 3).failed == 3
+        assert stayers(rig.port, 0.1, 30, 9).failed == 3
     with pytest.raises(ConnectionRefusedError):
-        stayers(rig.port, 0, 1)
+        stayers(rig.port, 1, 1, 1)
 
 
 def test_every_route_of_the_application_is_tried() -> None:
