@@ -4,10 +4,10 @@
 
 The server is the real one: listener, routes, the engine in its process, its scheduler. Only the
 network is replaced: it says anything, a step every few milliseconds. The text of each token is
-the time at which the engine spelled it, so the client sees how long it was on its way. CPU time
-is of the server's front process alone. The reader has a core of its own, and the server the others:
-woken on the front's core, it stood in line behind it for half a millisecond a token, which was
-told as the server's. Ends in one JSON line.
+the time at which the engine handed it over, as it would to a caller in its own process: so the
+client sees how long it was on its way. CPU time is of the server's front process alone. The reader
+has a core of its own, and the server the others: woken on the front's core, it stood in line behind
+it for half a millisecond a token, which was told as the server's. Ends in one JSON line.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from server.engine.admission import Options
 from server.engine.engine import Engine
 from server.engine.pages import Pages
 from server.engine.process import Blueprint, Client
-from server.engine.text import Text
+from server.engine.request import Event
 from server.listen import bind, configure
 from server.metrics import Metrics
 from server.settle import settle
@@ -80,24 +80,23 @@ class Nothing:
         return output
 
 
-class Stamps:
-    """A decoder that says when it was asked."""
+class Stamping(Engine):
+    """Says of each token when it was handed over."""
 
-    def push(self, token: int, /) -> str:  # noqa: ARG002
-        return f"{time.monotonic():.6f} "
-
-    def finish(self) -> str:
-        return ""
-
-    def fork(self) -> "Stamps":
-        return self
+    def step(self) -> list[Event]:
+        events = super().step()
+        stamp = f"{time.monotonic():.6f} "
+        for event in events:
+            for choice in event.choices:
+                choice.text = stamp * len(choice.tokens)
+        return events
 
 
 def build(pause: float, rows: int) -> Engine:
     """The engine process's part."""
     pages = Pages(CONTEXT // 16, 16)
     options = Options(seats=rows, budget=1 << 16, queue=8192, queue_tokens=1 << 40)
-    return Engine(Nothing(pause), pages, options, text=lambda _: Text(Stamps()))
+    return Stamping(Nothing(pause), pages, options)
 
 
 class Words:
@@ -163,7 +162,8 @@ class Heard:
 
 def listen(port: int, streams: int, tokens: int) -> Heard:
     """All streams, read as plainly as can be, and understood afterwards: with a reader that takes
-    longer a token than the server (asyncio's, 30 us), it would be the reader that is measured."""
+    longer a token than the server (asyncio's, 30 us), it would be the reader that is measured. It
+    never sleeps, as over a network no client is woken by the server's core."""
     body = json.dumps({"prompt": "x", "max_tokens": tokens, "stream": True}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     asked = f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body
@@ -175,7 +175,7 @@ def listen(port: int, streams: int, tokens: int) -> Heard:
         ears.register(one.fileno(), select.EPOLLIN)
         open_ones[one.fileno()], parts[one.fileno()] = one, []
     while open_ones:
-        for fd, _ in ears.poll():
+        for fd, _ in ears.poll(0):
             data = os.read(fd, 1 << 16)
             parts[fd].append((time.monotonic(), data))
             if not data:

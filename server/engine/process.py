@@ -32,8 +32,8 @@ from server.engine.wire import (
     Blueprint,
     Cancel,
     Dead,
+    Heard,
     Ready,
-    Step,
     Submit,
     ToEngine,
     ToFront,
@@ -265,7 +265,7 @@ class Client:
     # ── What it hears ───────────────────────────────────────────────────────────────────────────
 
     def _hear(self, child: Child, message: ToFront) -> None:
-        if isinstance(message, Step):
+        if isinstance(message, Heard):
             self._stats = message.stats
             for slow in self._registry.deliver(message.events):
                 self._send(Cancel(slow))

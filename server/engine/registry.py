@@ -5,7 +5,7 @@ and as little work as its reader can take. But the tokens in it grow: whoever la
 events behind is cut off.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from server.engine.fold import join
 from server.engine.request import Event
@@ -60,7 +60,7 @@ class Registry:
         self._inboxes.pop(inbox.id, None)
         return not inbox.done
 
-    def deliver(self, events: list[Event]) -> list[str]:
+    def deliver(self, events: Iterable[Event]) -> list[str]:
         """Hand events to their readers; the ids of those who are now cut off."""
         slow = []
         for event in events:

@@ -5,6 +5,7 @@ A frame is four bytes of length, little-endian, and one message. Nothing is ever
 
 import select
 import socket
+from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -49,6 +50,18 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     stats: Stats
 
 
+class Heard(msgspec.Struct, frozen=True, tag="step"):
+    """The same as the front hears it: an event is read when its reader's turn has come, so that
+    the first of many does not wait for all of them."""
+
+    unread: list[msgspec.Raw] = msgspec.field(name="events")
+    stats: Stats
+
+    @property
+    def events(self) -> Iterator[Event]:
+        return map(_event.decode, self.unread)
+
+
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
     number: int
     value: Any = None
@@ -64,12 +77,14 @@ class Dead(msgspec.Struct, frozen=True, tag="dead"):
 
 
 ToEngine = Blueprint | Submit | Cancel | Ask
-ToFront = Ready | Step | Answer | Dead
+FromEngine = Ready | Step | Answer | Dead
+ToFront = Ready | Heard | Answer | Dead  # what becomes of it
 
 _encoder = msgspec.msgpack.Encoder()
+_event = msgspec.msgpack.Decoder(Event)
 
 
-def frame(message: ToEngine | ToFront) -> bytes:
+def frame(message: ToEngine | FromEngine) -> bytes:
     body = _encoder.encode(message)
     return len(body).to_bytes(LENGTH, "little") + body
 
@@ -110,7 +125,7 @@ class Line:
         self._frames = to_engine()
         end.setblocking(True)
 
-    def send(self, message: ToFront) -> None:
+    def send(self, message: FromEngine) -> None:
         self._socket.sendall(frame(message))
 
     def receive(self, seconds: float) -> list[ToEngine]:

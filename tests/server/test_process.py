@@ -19,7 +19,7 @@ from server.engine import process
 from server.engine.heart import Heart
 from server.engine.process import Blueprint, Child, Client
 from server.engine.request import Event, Request
-from server.engine.wire import Cancel, Line, Step, Submit, ToEngine, frame, to_front
+from server.engine.wire import Cancel, Heard, Line, Submit, ToEngine, frame, to_front
 from server.engine.worker import Worker
 from server.errors import Duplicate, EngineDown, Failed, ModelError, NotFound
 from tests.server.simulation import build
@@ -216,7 +216,7 @@ def test_who_leaves_before_the_next_step_costs_none() -> None:
         Worker(engine, Line(ours), heart).run()
         (step,) = to_front().feed(theirs.recv(1 << 16))
     heart.close()
-    assert isinstance(step, Step)
+    assert isinstance(step, Heard)
     assert [(event.id, event.done) for event in step.events] == [("hasty", True)]
     assert (step.stats.steps, step.stats.aborted) == (0, {"queue": 1})
     assert engine.idle

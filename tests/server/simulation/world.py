@@ -13,7 +13,7 @@ from server.engine.group import Branch, Group
 from server.engine.pages import Pages
 from server.engine.registry import Inbox, Registry
 from server.engine.request import Choice, Event, Request
-from server.engine.wire import Step, Submit, frame, to_engine, to_front
+from server.engine.wire import Heard, Step, Submit, frame, to_engine, to_front
 from server.errors import Duplicate, EngineDown, KvistError, QueueFull
 from tests.server.simulation import oracle
 from tests.server.simulation.executor import (
@@ -352,8 +352,8 @@ class World:
         hold(len({event.id for event in events}) == len(events), "I7", "two events of one request")
         if self.knobs.wire and events:
             (message,) = to_front().feed(frame(Step(events, self.engine.stats)))
-            assert isinstance(message, Step)
-            events = message.events
+            assert isinstance(message, Heard)
+            events = list(message.events)
         slow = self.registry.deliver(events)
         for event in events:
             reader = self.readers[int(event.id[1:])]
