@@ -146,17 +146,20 @@ def _draw_best(ids: Tensor, weights: Tensor, bits: Tensor) -> Tensor:
 
 def sample_native(logits: Tensor, bits: Tensor, settings: Tensor) -> Tensor:
     """The CPU's own way: rows of a kind together, some at a time, none sorted but for its best."""
-    tokens = torch.empty(len(logits), dtype=torch.int64)
     host = settings.numpy()
+    if native.enabled and not host[:, 0].any():
+        return native.best(logits, torch.arange(len(logits)))
+    tokens = torch.empty(len(logits), dtype=torch.int64)
     kinds = np.where((host[:, 1:] == OFF).all(1), 1, 2) * (host[:, 0] > 0)
     step = max(1, CHUNK // logits.shape[1])
     whole = (native.best, native.draw) if native.enabled else ()
-    for kind, way in enumerate((_greedy, _plain, _filtered)):
+    for kind in np.unique(kinds):
         rows = torch.from_numpy(np.flatnonzero(kinds == kind))
         if kind < len(whole):
             tokens[rows] = whole[kind](logits, rows, bits, settings[:, 0])
             continue
-        for some in torch.split(rows, step) if len(rows) else ():
+        for some in torch.split(rows, step):
+            way = (_greedy, _plain, _filtered)[kind]
             tokens[some] = way(logits[some], bits[some], settings[some])
     return tokens
 

@@ -54,7 +54,7 @@ class Runner:
         if len(batch.copies):
             self.cache.copy(self._up(batch.copies))
         if self.graphs is not None and self.graphs.fits(batch):
-            return self._down(self._replay(self.graphs, batch))
+            return self._down(batch, self._replay(self.graphs, batch))
         row, positions = _places(batch)
         rows = self._rows(batch, row, positions)
         owners = batch.seats[row]
@@ -63,17 +63,12 @@ class Runner:
         hidden = self.decoder(tokens, rows, self.cache)
         found = self._sample(batch, hidden, positions) | self._score(batch, hidden)
         found |= self._beams(batch, hidden, positions)
-        found["bad"] = hidden[rows.starts[1:].long() - 1].isnan().any(-1)
-        if "tokens" in found:  # −1: masks left it nothing, or a logit was not a number
-            empty = torch.zeros(len(batch.seats), dtype=torch.int32, device=self.device)
-            empty.index_add_(0, self._up(row[batch.sample_at]), (found["tokens"] < 0).int())
-            found["bad"] |= empty > 0
-        return self._down(found)
+        found["bad"] = self._at(hidden, batch.starts[1:] - 1).isnan().any(-1)
+        return self._down(batch, found)
 
     def _replay(self, graphs: Graphs, batch: Batch) -> dict[str, Tensor]:
         step = graphs.run(batch, self._shared(batch))
-        bad = step["hidden"].isnan().any(-1) | (step["tokens"] < 0)
-        found = {"tokens": step["tokens"], "bad": bad}
+        found = {"tokens": step["tokens"], "bad": step["hidden"].isnan().any(-1)}
         return found | self._logprobs(batch, step["logits"], step["tokens"])
 
     def _up(self, array: Ints) -> Tensor:
@@ -121,14 +116,18 @@ class Runner:
             tokens = torch.where(tokens < 0, self.last[self._up(owners).long()], tokens)
         return tokens
 
+    def _at(self, hidden: Tensor, at: Ints) -> Tensor:
+        """Some rows, each once and rising. All, as when everyone decodes, are not copied."""
+        return hidden if len(at) == len(hidden) else hidden[self._up(at).long()]
+
     def _sample(self, batch: Batch, hidden: Tensor, positions: Ints) -> dict[str, Tensor]:
         if not len(batch.sample_at):
             return {}
-        logits = self.decoder.logits(hidden[self._up(batch.sample_at).long()])
+        logits = self.decoder.logits(self._at(hidden, batch.sample_at))
         at = positions[batch.sample_at] + 1
         masks = self._masks(batch, batch.sample_at)
         tokens = self.seats.sample(logits, batch.sample_seat, at, masks)
-        self.last[self._up(batch.sample_seat).long()] = tokens.clamp(min=0)
+        self.last.index_copy_(0, self._up(batch.sample_seat).long(), tokens.clamp(min=0))
         return {"tokens": tokens} | self._logprobs(batch, logits, tokens)
 
     def _masks(self, batch: Batch, wanted: Ints) -> Masks | None:
@@ -162,13 +161,13 @@ class Runner:
         """The best successors of each beam's row, after penalties and masks."""
         if not len(batch.beam_at):
             return {}
-        logits = self.decoder.logits(hidden[self._up(batch.beam_at).long()])
+        logits = self.decoder.logits(self._at(hidden, batch.beam_at))
         at = positions[batch.beam_at] + 1
         masks = self._masks(batch, batch.beam_at)
         best, tokens = self.seats.best(logits, batch.beam_seat, at, batch.beam_width, masks)
         return {"beam_tokens": tokens, "beam_logprobs": best}
 
-    def _down(self, found: dict[str, Tensor]) -> Callable[[], Output]:
+    def _down(self, batch: Batch, found: dict[str, Tensor]) -> Callable[[], Output]:
         """Everything to the host in the background; the rest of `Output` is empty."""
         event, pinned = None, self.device.type == "cuda"
         landed = {}
@@ -183,7 +182,12 @@ class Runner:
         def wait() -> Output:
             if event is not None:
                 event.synchronize()
-            return Output(**EMPTY | {name: tensor.numpy() for name, tensor in landed.items()})
+            output = Output(**EMPTY | {name: tensor.numpy() for name, tensor in landed.items()})
+            undrawn = output.tokens < 0  # masks left it nothing, or a logit was not a number
+            if undrawn.any():
+                row = np.searchsorted(batch.starts, batch.sample_at[undrawn], side="right") - 1
+                output.bad[row] = 1
+            return output
 
         return wait
 

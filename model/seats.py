@@ -143,9 +143,14 @@ class Seats:
 
         A seat may come several times, at several positions, if it does not look back.
         """
-        logits = self.adjust(logits, seats, positions, masks)
-        bits = uniform_bits(self.keys[seats], positions)
-        return sample(logits, self._up(bits), self._up(self.settings[seats]))
+        if masks is not None or not self.plain(seats):
+            logits = self.adjust(logits, seats, positions, masks)
+        settings = self.settings[seats]
+        chance = settings[:, 0].any()  # a greedy choice asks for none
+        bits = (
+            uniform_bits(self.keys[seats], positions) if chance else np.zeros(len(seats), np.int64)
+        )
+        return sample(logits, self._up(bits), self._up(settings))
 
     def best(
         self,
