@@ -117,8 +117,10 @@ class Runner:
         return tokens
 
     def _at(self, hidden: Tensor, at: Ints) -> Tensor:
-        """Some rows, each once and rising. All, as when everyone decodes, are not copied."""
-        return hidden if len(at) == len(hidden) else hidden[self._up(at).long()]
+        """Some rows, maybe several times. All in their order, as when everyone decodes, are not
+        copied."""
+        whole = np.array_equal(at, np.arange(len(hidden)))
+        return hidden if whole else hidden[self._up(at).long()]
 
     def _sample(self, batch: Batch, hidden: Tensor, positions: Ints) -> dict[str, Tensor]:
         if not len(batch.sample_at):
