@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -181,7 +182,7 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "command": " ".join(sys.orig_argv[1:]),
+        "command": shlex.join(sys.orig_argv[1:]),
     }
 
 

@@ -169,10 +169,16 @@ def _served(settings: Settings, info: dict[str, Any]) -> Served:
         capacity=info["capacity"],
         eos=tuple(info["eos"]),
         created=int(time.time()),
-        fingerprint=f"kvist-{VERSION}-{info.get('dtype', '')}",
+        fingerprint=_fingerprint(info),
         limits=limits,
         about={name: value for name, value in info.items() if name != "folder"},
     )
+
+
+def _fingerprint(info: dict[str, Any]) -> str:
+    """The numbers that answers are computed in: of activations, weights, and pages."""
+    kinds = [info.get(name, "") for name in ("dtype", "quantize", "kv_dtype")]
+    return "-".join(["kvist", VERSION, *kinds])
 
 
 def _name(settings: Settings) -> str:

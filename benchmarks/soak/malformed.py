@@ -10,6 +10,7 @@ NEXT = GET + b"\r\n"  # a second message that a first one smuggles in
 BODIES: list[tuple[bytes, str]] = [  # and what is said of it
     (b"", "not JSON"),
     (b"{", "not JSON"),
+    (b'{"prompt": "a', "string at character 11"),
     (b"[]", "must be a JSON object"),
     (b'"x"', "must be a JSON object"),
     (b'{"prompt": NaN}', "NaN is not"),

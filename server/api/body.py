@@ -82,7 +82,8 @@ def decode(raw: bytes, depth: int) -> dict[str, Any]:
         raise MalformedBody(f"The body is not UTF-8: byte {error.start} is wrong.") from None
     except json.JSONDecodeError as error:
         raise MalformedBody(
-            f"The body is not JSON: {error.msg} at character {error.pos}."
+            f"The body is not JSON: {error.msg.removesuffix(' starting at')}"
+            f" at character {error.pos}."
         ) from None
     except RecursionError:
         raise _too_deep(depth) from None

@@ -17,6 +17,7 @@ import pytest
 from openai import OpenAI
 
 from benchmarks.soak.starts import SETTINGS
+from server.serve import _fingerprint
 from tests.server.started import Process, alive, cmdline, free_port, run, until
 from tests.server.tiny import make
 
@@ -53,6 +54,15 @@ def test_it_says_what_runs(running: Process) -> None:
     told = next(json.loads(line)["msg"] for line in running.lines if "serves" in line)
     for word in ("tiny", "cpu", "float32", "32768 tokens", f"127.0.0.1:{running.port}"):
         assert word in told
+
+
+def test_a_fingerprint_names_the_numbers_that_answers_are_computed_in() -> None:
+    """Two servers whose answers may differ do not say that they are the same."""
+    kinds = [("float32", "none", "float32"), ("float32", "int4", "float32")]
+    kinds += [("bfloat16", "none", "bfloat16"), ("float32", "int4", "bfloat16")]
+    names = ("dtype", "quantize", "kv_dtype")
+    prints = {_fingerprint(dict(zip(names, kind, strict=True))) for kind in kinds}
+    assert len(prints) == len(kinds)
 
 
 def test_every_line_of_the_log_is_an_object(running: Process) -> None:
