@@ -64,7 +64,7 @@ async def cancels(asked: argparse.Namespace) -> Row:
         beside_stayers=[wait for turn in turns for wait in turn.staying],
     )
     good = running == 0 and failed == 0 and back < 1 and wasted < 0.1 and ratio < 2
-    return row("G3", "clients that leave", good, found, seen)
+    return row("G3", "clients that leave, judged beside as many who stay", good, found, seen)
 
 
 async def _turn(one: Served, rate: int, seconds: float) -> Turn:
