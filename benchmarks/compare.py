@@ -6,11 +6,11 @@
 Engines are those of `benchmarks/peers` that are installed (`pip install kvist[bench-peers]`); one
 that is not, or fails, is listed with its reason. Each has a process of its own, stopped while
 others work; all take turns in every round. `ratio` is Kvist's speed over the other's, the median
-over rounds; `of limit` is the share of what this machine's memory and units allow, measured in
-this run. Kvist is its offline engine. Decode is the time of 128 tokens without that of the first.
+over rounds; `of limit` is the share of what this machine's units allow, measured in this run, and
+its memory, measured beside each turn. Kvist is its offline engine. Decode is the time of 128 tokens
+without that of the first.
 """
 
-import itertools
 import os
 import statistics
 import sys
@@ -85,21 +85,28 @@ def shown(seat: Seat, best: Seat | None, given: Namespace, ceiling: limits.Limit
         if case in seat.why or case not in seat.taken:
             yield row | {"note": seat.why.get(case, "it was not measured")}
             continue
-        walls = [wall for wall, _ in seat.taken[case]]
+        turns = seat.taken[case]
+        walls = [turn.wall for turn in turns]
         after = work.new - (case == WITHOUT_FIRST)
         tokens = work.streams * (work.prompt if work.new == 1 else after)
-        lowest = least(work, seat.form, SHAPES[given.shape], ceiling)
-        if case == WITHOUT_FIRST:
-            lowest -= least(replace(work, new=1), seat.form, SHAPES[given.shape], ceiling)
-        middle = statistics.median(walls)
         yield row | {
-            "tok/s": tokens / middle,
+            "tok/s": tokens / statistics.median(walls),
             "spread": spread(walls),
-            "of limit": lowest / middle,
-            "cpu s": statistics.median(cpu for _, cpu in seat.taken[case]),
+            "of limit": statistics.median(
+                _lowest(case, work, seat, given, replace(ceiling, read=turn.read)) / turn.wall
+                for turn in turns
+            ),
+            "cpu s": statistics.median(turn.cpu for turn in turns),
             **_against(seat, best, case),
             "peak MB": seat.peak >> 20,
         }
+
+
+def _lowest(case: str, work: Work, seat: Seat, given: Namespace, ceiling: limits.Limits) -> float:
+    found = least(work, seat.form, SHAPES[given.shape], ceiling)
+    if case == WITHOUT_FIRST:
+        found -= least(replace(work, new=1), seat.form, SHAPES[given.shape], ceiling)
+    return found
 
 
 def _against(seat: Seat, best: Seat | None, case: str) -> dict[str, float]:
@@ -107,7 +114,7 @@ def _against(seat: Seat, best: Seat | None, case: str) -> dict[str, float]:
     if best is None or seat is best or case not in best.taken:
         return {}
     pairs = zip(seat.taken[case], best.taken[case])
-    ratios = [theirs / ours for (theirs, _), (ours, _) in pairs]
+    ratios = [theirs.wall / ours.wall for theirs, ours in pairs]
     return {"ratio": statistics.median(ratios), "± ratio": spread(ratios)}
 
 
@@ -126,18 +133,21 @@ def main() -> None:
             from benchmarks.peers.check import check
 
             sys.exit(check(given, work))
-        for threads, precision in itertools.product(given.threads, given.precisions):
+        for threads in given.threads:
             torch.set_num_threads(threads)
-            if threads not in ceilings:
-                ceilings[threads] = limits.measure(3)
-            rivals = list(seats(given, precision, threads, work))
-            if not rivals:
-                continue
-            contest(rivals, chosen(given), given.rounds, fits(given, rivals), given.patience)
-            ours = next((seat for seat in rivals if seat.engine == "kvist"), None)
-            for seat in rivals:
-                found = shown(seat, ours, given, ceilings[threads])
-                rows += [{"precision": precision, **row} for row in found]
+            ceiling = limits.measure(3)
+            with limits.Memory(threads) as memory:
+                for precision in given.precisions:
+                    rivals = list(seats(given, precision, threads, work))
+                    if not rivals:
+                        continue
+                    stay = fits(given, rivals)
+                    contest(rivals, chosen(given), given.rounds, stay, given.patience, memory)
+                    ours = next((seat for seat in rivals if seat.engine == "kvist"), None)
+                    for seat in rivals:
+                        found = shown(seat, ours, given, ceiling)
+                        rows += [{"precision": precision, **row} for row in found]
+            ceilings[threads] = memory.seen(ceiling)
     finish(given, rows, ceilings)
 
 

@@ -6,8 +6,8 @@
 the batch has rows, who ask at once. Percentiles over requests and tokens of all rounds, not means;
 `next` counts while all rows decode and no prompt is left. The last columns are the share of the
 machine's limits that was reached: bytes of weights and of keys and values that a step reads against
-the memory's bandwidth, and operations of prompts against the rate of products, both measured in
-this run.
+what the memory gave beside that very turn (the median over turns), and operations of prompts
+against the rate of products.
 """
 
 from argparse import Namespace
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import harness, limits, ways
 from benchmarks.costs import Costs
-from benchmarks.limits import Limits
+from benchmarks.limits import Limits, Memory
 from benchmarks.ways import WAYS, About, Way
 from model.device import cores
 
@@ -37,6 +37,8 @@ class Case:
     firsts: list[float] = field(default_factory=list)
     alls: list[float] = field(default_factory=list)  # until the last row had its first
     gaps: list[float] = field(default_factory=list)
+    middles: list[float] = field(default_factory=list)  # of each turn's gaps
+    reads: list[float] = field(default_factory=list)  # bytes/s, beside each turn
     cpu: float = 0.0
 
     @property
@@ -54,7 +56,9 @@ class Case:
         begun = max(answer.at[0] for answer in answers)
         self.alls.append(begun)
         ended = min(answer.at[-1] for answer in answers)
-        self.gaps += [gap for answer in answers for gap in answer.gaps(begun, ended)]
+        gaps = [gap for answer in answers for gap in answer.gaps(begun, ended)]
+        self.middles.append(float(np.median(gaps)))
+        self.gaps += gaps
 
     def row(self, costs: Costs, ceiling: Limits) -> dict[str, Any]:
         firsts = np.percentile(self.firsts, [50, 95]) * 1e3
@@ -73,7 +77,7 @@ class Case:
             "next p99": float(gaps[3]),
             "tok/s": self.batch / gaps[1] * 1e3,
             "cpu ms/token": self.cpu / tokens * 1e3,
-            "of bandwidth": moved / gaps[1] * 1e3 / ceiling.read,
+            "of bandwidth": float(np.median(moved / np.multiply(self.middles, self.reads))),
             "of products": worked / float(np.median(self.alls)) / costs.rate(ceiling),
         }
 
@@ -86,13 +90,14 @@ def cases(options: Namespace, about: About) -> Iterator[Case]:
                 yield case
 
 
-def contest(options: Namespace, way: Way, about: About) -> list[Case]:
+def contest(options: Namespace, way: Way, about: About, memory: Memory) -> list[Case]:
     """All cases, so many rounds."""
     way.crowd([[5] * 8], 4).run(1)  # warm
     found = list(cases(options, about))
     turns = [case for _ in range(options.rounds) for case in found]
     for seed, case in enumerate(tqdm(turns, desc="cases", disable=None, leave=False)):
-        case.turn(way, about.vocabulary, seed)
+        with memory.beside(case.reads):
+            case.turn(way, about.vocabulary, seed)
     return found
 
 
@@ -100,11 +105,12 @@ def main() -> None:
     options = asked()
     threads = options.threads or cores()
     about, found, peaks = About.of(options), {}, {}
-    for name in options.over:
-        with WAYS[name](options) as way:
-            found[name] = contest(options, way, about)
-            peaks[name] = way.peak()
-    ceiling = limits.measure(7, threads)  # last: it takes a gigabyte
+    with Memory(threads) as memory:
+        for name in options.over:
+            with WAYS[name](options) as way:
+                found[name] = contest(options, way, about, memory)
+                peaks[name] = way.peak()
+    ceiling = memory.seen(limits.measure(7, threads))  # last: it takes a gigabyte
     rows = [
         {"over": name} | case.row(about.costs, ceiling)
         for name, some in found.items()

@@ -3,10 +3,20 @@
     python -m benchmarks.limits
 
 Memory read bandwidth, matrix rates by number format, and what a launch or an empty step costs.
+Rates are the best that was seen; the bandwidth is the middle of what was, since neighbours take
+and leave half of it from second to second: a moment's luck is nothing that a step could have had.
+What is held against it reads it beside each turn (`Memory`).
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from multiprocessing import get_context
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,6 +25,7 @@ from benchmarks import harness
 
 SIDE = 2048  # of the matrices
 BYTES = 1 << 30  # read for the bandwidth, far beyond any cache
+READS = 3  # a reading is the middle of so many
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ def measure(rounds: int = 5, threads: int = 0) -> Limits:
     threads of its own leaves it one."""
     if threads:
         torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     big = torch.ones(BYTES // 8, dtype=torch.int64, device=device)
     one = torch.ones(1, device=device)
     rivals: dict[str, Callable[[], object]] = {
@@ -46,12 +57,64 @@ def measure(rounds: int = 5, threads: int = 0) -> Limits:
     best = {name: min(time.wall) for name, time in times.items()}
     work = 2 * SIDE**3
     return Limits(
-        read=BYTES / best["read"],
+        read=BYTES / times["read"].median,
         float32=work / best["float32"],
         bfloat16=work / best["bfloat16"],
         int8=work / best["int8"] if "int8" in best else None,
         launch=best["launch"] / 1000,
     )
+
+
+class Memory:
+    """What the memory gives at a moment. Read in a process of its own, which stays, so that its
+    gigabyte is not taken for the memory of what is measured."""
+
+    def __init__(self, threads: int) -> None:
+        self.taken: list[float] = []  # bytes/s, of each turn
+        self._threads = threads
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+
+    def __enter__(self) -> Self:
+        self._read()  # warm
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    @contextmanager
+    def beside(self, taken: list[float]) -> Iterator[None]:
+        """A turn: what is read before and after it stands for what it could have read."""
+        before = self._read()
+        yield
+        taken.append(2 * BYTES / (before + self._read()))
+        self.taken.append(taken[-1])
+
+    def seen(self, ceiling: Limits) -> Limits:
+        """With the middle of all turns as what it gave."""
+        return replace(ceiling, read=statistics.median(self.taken)) if self.taken else ceiling
+
+    def _read(self) -> float:
+        return self._pool.submit(_read, self._threads).result()
+
+
+def _read(threads: int) -> float:
+    """Seconds."""
+    big, times = _filled(threads), []
+    for _ in range(READS):
+        start = time.perf_counter()
+        big.sum().item()  # which waits for a GPU
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@cache
+def _filled(threads: int) -> Tensor:
+    torch.set_num_threads(threads)
+    return torch.ones(BYTES // 8, dtype=torch.int64, device=_device())
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _product(device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:

@@ -31,7 +31,8 @@ forced to equal length. *Decode* is one stream, 128 tokens after a prompt of 128
 of the first; *streams* are as many such requests at once, with their prompts; *prefill* is a prompt
 of 1,024; *beam 4* is 64 tokens. *Ratio* is Kvist's speed over the other's, the median over rounds
 in which all took their turn: above 1, Kvist is faster. *Of limit* is the share of what the memory's
-bandwidth and the units' rate allow, both measured in the same run.""",
+bandwidth and the units' rate allow, both measured in the same run. The rate is torch's best of
+square matrices: what does better than those is above 1.""",
     "throughput": """*Clients* ask again when they are answered; the other loads come by themselves,
 at a share of the requests a second that the fastest clients got. *Own* prompts have nothing in
 common, *shared* ones their first half, with the prefix cache on. *First* is the wait for the first
@@ -39,6 +40,15 @@ token, *next* a request's mean time from token to token: percentiles over reques
 the requests whose two waits were within the targets below. *Cpu* is the engine's, or the whole
 server's. *Of limit* is the share of what the memory's bandwidth and the units' rate allow; a small
 model's weights stay in the processor's cache, which is faster.""",
+    "beam": """One beam search of so many beams, after a prompt, against as many greedy streams
+(*ratio*: beam over greedy, of time) and against transformers' own search of the same network
+(*times*: how often as fast). *Selection* is what a step's search takes on the host.""",
+    "front": """The real server with a network that costs nothing and says, in each token, when the
+engine handed it over: *late* is how long it was on its way to a client that reads it, mean, median
+and 99th percentile. *Cpu* is the front process's. A step of 0 is as fast as it goes.""",
+    "soak": """What the whole server promises, each by a load of its own; *met*: the number of the
+contract is reached. *G3*: 500 clients a second leave after a moment; others' 99th percentile is
+told over theirs beside as many who get as many tokens and stay (which judges), and alone.""",
     "latency": """Rows that ask at once. *First* is the wait for the first token, all prompts before
 it included; *next* the time from token to token while every row decodes: percentiles over requests
 and tokens. *Of bandwidth* is what a step reads (weights, keys and values), *of products* what the
@@ -101,7 +111,7 @@ def ceilings(result: Mapping[str, Any]) -> Iterator[str]:
         rates = [f"{limit['read'] / 1e9:.1f} GB/s read", f"{limit['float32'] / 1e9:,.0f} GFLOP/s"]
         if limit.get("int8"):
             rates.append(f"{limit['int8'] / 1e9:,.0f} int8 GOP/s")
-        count = f"With {threads} threads: " if threads else ""
+        count = f"With {threads} thread{'s' * (threads != '1')}: " if threads else ""
         yield f"Limits measured in this run. {count}{', '.join(rates)}.\n"
 
 

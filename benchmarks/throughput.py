@@ -170,9 +170,10 @@ def told(options: Namespace, lines: dict[str, Line]) -> Iterator[str]:
         top = speeds.index(max(speeds))
         low = min(speeds[top:])
         at = counts[speeds.index(low, top)]
+        more = f"with more at least {low / speeds[top]:.2f} of it ({at:.0f} clients)"
         yield (
             f"{name}: {speeds[top]:,.0f} tokens/s at its best, with {counts[top]:.0f} clients; "
-            f"with more at least {low / speeds[top]:.2f} of it ({at:.0f} clients)."
+            f"{more if speeds[top + 1 :] else 'more were not asked for'}."
         )
 
 

@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from benchmarks.limits import Limits
+from benchmarks.limits import Limits, Memory
 from benchmarks.peers import Work
 from benchmarks.peers.remote import Failed, Remote
 from benchmarks.peers.source import weights
@@ -16,6 +16,12 @@ from benchmarks.peers.source import weights
 WITHOUT_FIRST = "decode"  # the case that counts what comes after the first token
 HEAD = {"float32": 4.0, "F32": 4.0, "int8": 1.0, "int4": 1.0, "Q8_0": 34 / 32, "Q4_0": 34 / 32}
 BYTES = HEAD | {"int4": 0.5 + 4 / 128, "Q4_0": 18 / 32}  # of a weight in the layers
+
+
+class Turn(NamedTuple):
+    wall: float  # seconds
+    cpu: float
+    read: float  # bytes/s that the memory gave just before and after
 
 
 @dataclass(eq=False)
@@ -27,7 +33,7 @@ class Seat:
     folder: Path
     threads: int
     vocabulary: int
-    taken: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # case: wall, CPU
+    taken: dict[str, list[Turn]] = field(default_factory=dict)  # of each case
     why: dict[str, str] = field(default_factory=dict)  # case: the reason that it has no number
     remote: Remote | None = None
     peak: int = 0
@@ -37,11 +43,13 @@ class Seat:
         plain = self.form in ("float32", "int8", "int4", "F32")
         return self.engine if plain else f"{self.engine} {self.form}"
 
-    def turn(self, case: str, work: Work, counts: bool, patience: float) -> None:
+    def turn(self, case: str, work: Work, counts: bool, patience: float, memory: Memory) -> None:
         if case in self.why:
             return
+        reads: list[float] = []
         try:
-            wall, cpu = self._ask(work, patience)
+            with memory.beside(reads):
+                wall, cpu = self._ask(work, patience)
             if case == WITHOUT_FIRST:
                 first, first_cpu = self._ask(replace(work, new=1), patience)
                 wall, cpu = wall - first, cpu - first_cpu
@@ -49,7 +57,7 @@ class Seat:
             self.why[case] = str(reason)
             return
         if counts:
-            self.taken.setdefault(case, []).append((wall, cpu))
+            self.taken.setdefault(case, []).append(Turn(wall, cpu, *reads))
 
     def _ask(self, work: Work, patience: float) -> tuple[float, float]:
         if self.remote is None or not self.remote.alive:
@@ -64,7 +72,12 @@ class Seat:
 
 
 def contest(
-    rivals: list[Seat], cases: Mapping[str, Work], rounds: int, stay: bool, patience: float
+    rivals: list[Seat],
+    cases: Mapping[str, Work],
+    rounds: int,
+    stay: bool,
+    patience: float,
+    memory: Memory,
 ) -> None:
     """Everyone once a round, beginning with another each time; if not all can `stay` in memory at
     once, each does all cases in a row and leaves."""
@@ -78,7 +91,7 @@ def contest(
                 bar.set_description(f"{seat.name}: {case}")
                 work = replace(cases[case], seed=number)
                 warm = replace(work, new=min(work.new, 8))
-                seat.turn(case, work if number else warm, number > 0, patience)
+                seat.turn(case, work if number else warm, number > 0, patience, memory)
                 bar.update()
                 if not stay and case == list(cases)[-1]:
                     seat.leave()

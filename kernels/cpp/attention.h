@@ -19,6 +19,8 @@
 static const int KEYS = 64, LANES = 16;  // positions of a tile, and of a register
 static const int SPAN = 512, QUERIES = 64, MOST = 128;  // MOST: heads of a group
 static const int FEW = 32;  // queries of a task that is done before its tiles are read
+static const int LINE = 64, LINES = 8;  // bytes of a line, and lines that lie in a row in any page
+static const int PIECES = KEYS * DIM * (int)sizeof(float) / LINE / LINES;  // of a tile's keys
 static const int TALL = 6;  // queries that share what is loaded, as many as fit the registers
 
 template <typename P> struct Factor;  // what is multiplied, of pages of P, and how many numbers it is
@@ -46,19 +48,23 @@ struct Task {
     i64 partial;                      // where its maxima, sums and values go
 };
 
-// The next tile is asked for while this one is worked on, a line at a time: a page lies anywhere,
-// so that the core cannot guess it. Into the second cache, where more may be on their way.
+// The next tile is asked for while this one is worked on: a page lies anywhere, so that the core
+// cannot guess it. In the order in which its lines lie, which memory gives a third faster than lines
+// from several pages in turn; into the second cache, where more may be on their way.
 struct Soon {
-    const char* const* part = nullptr;  // each LANES positions
-    i64 step = 0;                       // bytes from line to line
-    int count = 0;
+    const char* const* piece = nullptr;       // of LINES lines each
+    unsigned line = 0, last = 0, each = LINES;  // of them all; so many at a step, within a piece
 
-    inline __attribute__((always_inline)) void ask(i64 line) const {
-        for (int i = 0; i < count; i++) __builtin_prefetch(part[i] + line * step, 0, 2);
+    inline __attribute__((always_inline)) void ask(i64 step) const {
+        unsigned first = line + (unsigned)step * each;
+        if (first >= last) return;
+        const char* from = piece[first / LINES] + first % LINES * LINE;
+        for (unsigned i = 0; i < each; i++) __builtin_prefetch(from + i * LINE, 0, 2);
     }
-    Soon share(int first, int last, int of) const {  // for queries first … last
-        int from = count * first / of;
-        return {part + from, step, count * last / of - from};
+    Soon share(int first, int end, int of, i64 steps) const {  // for queries first … end
+        Soon some{piece, last / LINES * first / of * LINES, last / LINES * end / of * LINES, 1};
+        while (some.each < LINES && some.line + some.each * steps < some.last) some.each *= 2;
+        return some;
     }
 };
 
@@ -181,7 +187,7 @@ static float shares(float* s, float peak, float& top, float& sum) {
 #pragma GCC unroll 4
     for (int j = 0; j < KEYS / LANES; j++)
         extra += put16((P*)s + j * LANES, exp2_16(load16(s + j * LANES) - floor));
-    float keep = exp2_16(all16(top - floor))[0];
+    float keep = top == floor ? 1 : exp2_16(all16(top - floor))[0];  // as in most tiles
     sum = sum * keep + total(extra);
     top = peak;
     return keep;
@@ -230,16 +236,18 @@ static void gather(const Pages<uint16_t>& a, const Task& task, i64 base, int n, 
     tile.step = KEYS;
 }
 
-// Where the keys and values of the tile from `base` lie, LANES together; -> how many of them
+// Where the tile from `base` lies, keys and values; -> how many lines of each
 template <typename P>
-static int look(const Pages<P>& a, const Task& task, i64 base, const char* (*ahead)[KEYS / LANES]) {
+static unsigned look(const Pages<P>& a, const Task& task, i64 base, const char* (*ahead)[PIECES]) {
     int count = 0;
-    for (i64 t = base; t < std::min<i64>(base + KEYS, task.end); t += LANES, count++) {
-        i64 at = a.block(task.row, task.head, t), offset = t % a.page;
-        ahead[0][count] = (const char*)(a.keys + at + offset);
-        ahead[1][count] = (const char*)(a.values + at + offset * a.dim);
+    for (i64 t = base; t < std::min<i64>(base + KEYS, task.end); t += LANES) {
+        i64 at = a.block(task.row, task.head, t) + t % a.page * a.dim;  // in pages that a tile covers
+        for (i64 i = 0; i < LANES * a.dim; i += LINES * LINE / (i64)sizeof(P), count++) {
+            ahead[0][count] = (const char*)(a.keys + at + i);
+            ahead[1][count] = (const char*)(a.values + at + i);
+        }
     }
-    return count;
+    return LINES * count;
 }
 
 static const float* factors(const float* query, i64, float*) { return query; }
@@ -259,7 +267,7 @@ static void attend(const Pages<P>& a, const Task& task, const Task* after, float
     alignas(64) E room[DIM * KEYS], asked[COUNT > 1 ? MOST * DIM / 2 : 1];
     alignas(64) float s[TALL][KEYS];
     const E* q[MOST];
-    const char* ahead[2][KEYS / LANES];
+    const char* ahead[2][PIECES];
     Tile<E> tile;
     float *top = partial, *sum = partial + M, *found = partial + 2 * M;  // found [M, dim]
     std::fill(found, found + M * dim, 0.0f);
@@ -270,13 +278,14 @@ static void attend(const Pages<P>& a, const Task& task, const Task* after, float
     }
     for (i64 base = task.begin; base < task.end; base += KEYS) {
         int n = (int)std::min<i64>(KEYS, task.end - base);
-        Soon keys{ahead[0], COUNT * a.by_channel * (i64)sizeof(P)}, values{ahead[1], 64};
+        unsigned lines = 0;
         if (M <= FEW && a.across())
-            keys.count = values.count = base + KEYS < task.end ? look(a, task, base + KEYS, ahead)
-                                        : after ? look(a, *after, after->begin, ahead) : 0;
+            lines = base + KEYS < task.end ? look(a, task, base + KEYS, ahead)
+                     : after ? look(a, *after, after->begin, ahead) : 0;
+        Soon keys{ahead[0], 0, lines}, values{ahead[1], 0, lines};
         gather(a, task, base, n, room, tile);
         by_tall(M, [&](int m, auto count) {
-            score_tile<count>(q + m, tile.k, tile.step, dim / COUNT, n, s, keys.share(m, m + count, M));
+            score_tile<count>(q + m, tile.k, tile.step, dim / COUNT, n, s, keys.share(m, m + count, M, dim / COUNT));
             float peak[TALL], keep[TALL];
             for (int i = 0; i < count; i++) {
                 i64 at = before + task.first + (m + i) / group;
@@ -286,7 +295,7 @@ static void attend(const Pages<P>& a, const Task& task, const Task* after, float
             }
             for (int i = 0; i < count; i++) keep[i] = shares<P>(s[i], peak[i], top[m + i], sum[m + i]);
             mix_tile<count>((const E(*)[KEYS])s, tile.v, (n + COUNT - 1) / COUNT, keep,
-                            found + m * dim, dim, KEYS / COUNT, values.share(m, m + count, M));
+                            found + m * dim, dim, KEYS / COUNT, values.share(m, m + count, M, dim / COUNT));
         });
     }
 }

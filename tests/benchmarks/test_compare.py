@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.limits import Limits
+from benchmarks.limits import BYTES, Limits, Memory
 from benchmarks.peers import BOTH, PEERS, Entry, Work, check
 from benchmarks.peers.contest import Seat, contest, least
 from benchmarks.peers.remote import Failed, Remote, convert, source
@@ -110,12 +110,14 @@ def test_a_case_that_fails_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> No
         return work.new / 10, 0.0
 
     monkeypatch.setattr(Seat, "_ask", answer)
+    monkeypatch.setattr(Memory, "_read", lambda self: 0.5)
     one = Seat("kvist", "int8", Path(), 1, WORDS)
     cases = {"beam 4": Work(beams=4), "decode": Work(new=11)}
     for stay in (True, False):
-        contest([one], cases, 2, stay, 1.0)
+        contest([one], cases, 2, stay, 1.0, Memory(1))
     assert one.why == {"beam 4": "it has no beam search"}
-    assert one.taken == {"decode": [(1.0, 0.0)] * 4}  # without the time of the first token
+    read = 2 * BYTES  # a second
+    assert one.taken == {"decode": [(1.0, 0.0, read)] * 4}  # without the time of the first token
 
 
 def test_weights_are_those_that_the_source_has(work: Path) -> None:

@@ -35,7 +35,8 @@ def test_the_page_in_the_docs_is_what_is_generated() -> None:
 
 def test_every_number_of_a_result_is_on_the_page() -> None:
     text = page.page([RESULT])
-    for said in ("31.4", "1.26", "20.0 GB/s", "1,200 int8", "ctranslate2 4.8.5", "abc1234"):
+    limits = ("2 threads: 20.0 GB/s", "1,200 int8")
+    for said in ("31.4", "1.26", *limits, "ctranslate2 4.8.5", "abc1234"):
         assert said in text
     assert "- onnxruntime: onnxruntime-genai is not installed" in text
     assert "note" not in text  # a column of nothing
