@@ -1,6 +1,6 @@
 """How long a checkpoint takes to load, against reading its files.
 
-    python -m benchmarks.loading [--shape 1b] [--folder on-that-disk] [--rounds 3] [--threads 1]
+    python -m benchmarks.loading [--shape 1b] [--folder on-that-disk] [--rounds 3]
 
 A checkpoint of noise in bfloat16 and in shards is written to a temporary folder. Its files are
 then read, and loaded, in turns and in one process, from a warm page cache: a disk that is slower
@@ -10,18 +10,14 @@ that a server does before its first step, in a process of its own, whose largest
 above what torch takes when it is imported and above the weights' own bytes.
 """
 
-import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -30,6 +26,7 @@ import transformers
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import harness
 from kernels.native import Packed
 from model.decoder import Decoder
 from model.quantize import Quantize
@@ -167,52 +164,41 @@ def started(folder: Path, rounds: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def report(
-    size: int,
-    seconds: dict[str, list[Seconds]],
-    starts: dict[str, dict[str, float]],
-    conditions: dict[str, Any],
-) -> None:
-    medians = {
+def rows(
+    size: int, seconds: dict[str, list[Seconds]], starts: dict[str, dict[str, float]]
+) -> Iterator[harness.Row]:
+    """Medians, and against reading."""
+    middle = {
         way: [statistics.median(times) for times in zip(*every, strict=True)]
         for way, every in seconds.items()
     }
-    print(f"\n{'':26}{'s':>8}{'GB/s':>8}{'CPU s':>8}{'× reading':>12}{'in CPU s':>10}")
-    for way, (wall, cpu) in medians.items():
-        ratios = f"{wall / medians[READ][0]:12.2f}{cpu / medians[READ][1]:10.2f}"
-        print(f"{way:26}{wall:8.3f}{size / wall / 1e9:8.2f}{cpu:8.3f}{ratios}")
+    for way, (wall, cpu) in middle.items():
+        row = {"way": way, "s": wall, "GB/s": size / wall / 1e9, "cpu s": cpu}
+        yield row | {"× reading": wall / middle[READ][0], "in cpu s": cpu / middle[READ][1]}
     for kind, one in starts.items():
-        name, ratio = f"start, quantize {kind}", one["s"] / medians[READ][0]
-        print(f"{name:26}{one['s']:8.3f}{'':16}{ratio:12.2f}   {one['above'] / 1e6:,.0f} MB above")
-    wall, cpu = (ours / read for ours, read in zip(medians[LOAD], medians[READ], strict=True))
-    found = {"benchmark": "loading", "ratio": round(wall, 3), "cpu_ratio": round(cpu, 3)}
-    times = {way: [round(value, 4) for value in pair] for way, pair in medians.items()}
-    print(json.dumps(found | {"seconds": times, "starts": starts} | conditions))
+        row = {"way": f"start, quantize {kind}", "s": one["s"]}
+        yield row | {"× reading": one["s"] / middle[READ][0], "MB above": one["above"] / 1e6}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--folder", help="where the temporary folder is made")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(given.threads or 1)  # a server loads so
     with tempfile.TemporaryDirectory(dir=given.folder) as name:
         write(Path(name), given.shape)
         size = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
         seconds = measure(Path(name), given.rounds)
         starts = started(Path(name), given.rounds)
-    conditions = {
-        "shape": given.shape,
-        "bytes": size,
-        "threads": given.threads,
-        "cpus": os.cpu_count(),
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "rounds": given.rounds,
-    }
-    report(size, seconds, starts, conditions)
+    found = list(rows(size, seconds, starts))
+    columns = dict.fromkeys(name for row in found for name in row)
+    ratio = next(row["× reading"] for row in found if row["way"] == LOAD)
+    harness.finish(
+        "loading", [{name: row.get(name) for name in columns} for row in found], given,
+        shape=given.shape, bytes=size, rounds=given.rounds, ratio=ratio, goal=1.3,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

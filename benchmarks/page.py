@@ -46,6 +46,9 @@ model's weights stay in the processor's cache, which is faster.""",
     "front": """The real server with a network that costs nothing and says, in each token, when the
 engine handed it over: *late* is how long it was on its way to a client that reads it, mean, median
 and 99th percentile. *Cpu* is the front process's. A step of 0 is as fast as it goes.""",
+    "loading": """A checkpoint of noise in bfloat16, read and loaded in turns in one process from a
+warm page cache. *× reading* is against reading the same bytes into memory that stays; *start* is
+all that a server does before its first step, with the most memory above the weights' own.""",
     "soak": """What the whole server promises, each by a load of its own; *met*: the number of the
 contract is reached. *G3*: 500 clients a second leave after a moment; others' 99th percentile is
 told over theirs beside as many who get as many tokens and stay (which judges), and alone.""",

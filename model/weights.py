@@ -3,10 +3,11 @@ nothing missing, and every one of them a number.
 
 The decoder is built as shapes without memory and checked against the manifest. Then each tensor
 is mapped, copied straight to where it stays, checked, and unmapped: memory never holds more than
-the model and one tensor.
+the model and one tensor for each core.
 """
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from model import quantize
 from model.checkpoint import CheckpointError
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.device import free_memory, pick_dtype
+from model.device import cores, free_memory, pick_dtype
 from model.manifest import Move, check, read_manifest
 
 BAR = 256 << 20  # bytes from which a progress bar is worth showing
@@ -62,8 +63,7 @@ def load(
         kinds |= {quantize.head_name(decoder): "int8"} if head else {}
     _check_memory(decoder, kinds, device)
     rooms = _furnish(decoder, kinds, group, device)
-    for move in _shown(manifest.moves):
-        _fill(rooms[move.place.name], move)
+    _pour(rooms, manifest.moves, device)
     return decoder
 
 
@@ -156,6 +156,20 @@ def _small_room(
 
 
 # ── a tensor to its place ─────────────────────────────────────────────────────────────────────
+
+
+def _pour(rooms: Mapping[str, Room], moves: list[Move], device: torch.device) -> None:
+    """Each core takes the next tensor. The largest come first: what is mapped counts as this
+    process's memory, and then only small ones are mapped when all else is full."""
+    moves = sorted(moves, key=lambda move: -move.bytes)
+    with ThreadPoolExecutor(cores() if device.type == "cpu" else 1) as crowd:
+        under_way = [crowd.submit(_fill, rooms[move.place.name], move) for move in moves]
+        try:
+            for _, one in zip(_shown(moves), under_way, strict=True):
+                one.result()
+        except BaseException:
+            crowd.shutdown(cancel_futures=True)
+            raise
 
 
 def _shown(moves: list[Move]) -> Iterator[Move]:

@@ -524,6 +524,14 @@ def test_a_weight_too_large_for_its_dtype_is_refused(folder: Path) -> None:
         load(folder, dtype="float16")
 
 
+def test_of_several_faults_the_largest_tensors_is_told(folder: Path) -> None:
+    """Whichever of the threads was first."""
+    with_tensors(folder, **{name: stored(folder)[name] * torch.nan for name in (Q, DOWN)})
+    for _ in range(8):
+        with pytest.raises(CheckpointError, match=rf"'{DOWN}' holds NaN"):
+            load(folder, dtype="float32")
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_no_number_is_rounded_to_one(value: float, folder: Path) -> None:
     tensor = stored(folder)[DOWN]
