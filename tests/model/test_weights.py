@@ -528,7 +528,7 @@ def test_of_several_faults_the_largest_tensors_is_told(folder: Path) -> None:
     """Whichever of the threads was first."""
     with_tensors(folder, **{name: stored(folder)[name] * torch.nan for name in (Q, DOWN)})
     for _ in range(8):
-        with pytest.raises(CheckpointError, match=rf"'{DOWN}' holds NaN"):
+        with pytest.raises(CheckpointError, match=rf"'{Q}' holds NaN"):
             load(folder, dtype="float32")
 
 
