@@ -19,7 +19,7 @@
 static const int KEYS = 64, LANES = 16;  // positions of a tile, and of a register
 static const int SPAN = 512, QUERIES = 64, MOST = 128;  // MOST: heads of a group
 static const int FEW = 32;  // queries of a task that is done before its tiles are read
-static const int LINE = 64, LINES = 8;  // bytes of a line, and lines that lie in a row in any page
+static const int LINES = 8;  // that lie in a row in any page
 static const int PIECES = KEYS * DIM * (int)sizeof(float) / LINE / LINES;  // of a tile's keys
 static const int TALL = 6;  // queries that share what is loaded, as many as fit the registers
 

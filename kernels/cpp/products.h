@@ -13,6 +13,8 @@ static const int TILE = 32;  // outputs of a tile: two registers of 16 floats
 static const i64 AHEAD = 4096;  // bytes of weights asked for early: a page, where the core's own guess ends
 static const int RUN = 8;  // tiles read in a row before those of another place
 static const int ROWS = 12;  // rows of a block: 24 accumulators, the rest holds weights
+static const int GROUP = 48;  // rows that pass a part of a tile before the next is read
+static const i64 PART = 512;  // channels of it: in bytes, half of a core's first cache
 
 
 // packed [out / TILE][in][TILE]: a tile's weights are read once, in order.
@@ -71,15 +73,18 @@ static void block(const float* x, const W* w, const float* bias, float* y, i64 i
     }
 }
 
-// f(first, how many) over the rows, a constant number at a time
+// f(first, how many) over the rows, a constant number at a time, and about as many each time
 template <int MOST = ROWS, typename F>
 static void by_rows(i64 rows, F f) {
     i64 r = 0;
-    for (; r + MOST <= rows; r += MOST) f(r, std::integral_constant<int, MOST>());
-    switch (rows - r) {
-#define CASE(M) case M: if constexpr (M < MOST) f(r, std::integral_constant<int, M>()); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)
+    for (i64 parts = (rows + MOST - 1) / MOST; parts; parts--) {
+        i64 count = (rows - r) / parts;
+        switch (count) {
+#define CASE(M) case M: if constexpr (M <= MOST) f(r, std::integral_constant<int, M>()); break;
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #undef CASE
+        }
+        r += count;
     }
 }
 
@@ -105,10 +110,11 @@ static void by_tiles(i64 rows, i64 bytes, i64 out, int threads, F f, i64 run = 1
 // With few rows it is the weights' reading that counts, and changing between G and U disturbs it.
 template <int MOST = ROWS, typename A, typename P>
 static void gated_tiles(i64 rows, i64 bytes, i64 half, int threads, float* y, A act, P product) {
+    const bool few = rows <= MOST;
     auto tiles = [=](i64 row, i64 count, i64 first, int n) {
-        float gate[RUN * MOST * TILE], up[MOST * TILE];
-        for (i64 r = row; r < row + count; r += MOST) {
-            i64 some = std::min<i64>(MOST, row + count - r);
+        float gate[RUN * MOST * TILE], up[GROUP * TILE];
+        for (i64 r = row; r < row + count; r += few ? MOST : GROUP) {
+            i64 some = std::min<i64>(few ? MOST : GROUP, row + count - r);
             for (int j = 0; j < n; j += TILE) product(r, some, first + j, gate + j * MOST);
             for (int j = 0; j < n; j += TILE) {
                 product(r, some, half + first + j, up);
@@ -119,7 +125,7 @@ static void gated_tiles(i64 rows, i64 bytes, i64 half, int threads, float* y, A 
             }
         }
     };
-    by_tiles(rows, bytes, half, threads, tiles, rows > MOST ? 1 : RUN);
+    by_tiles(rows, bytes, half, threads, tiles, few ? RUN : 1);
 }
 
 template <typename W, typename A>
@@ -165,15 +171,25 @@ static inline void finish8(__m512i sum, float xs, const float* ws, const int32_t
     _mm512_mask_storeu_ps(y, some, value);
 }
 
+struct Sums {  // of a block, when not all of its channels are there yet
+    int32_t (*kept)[TILE];
+    bool begins, ends;
+};
+
+// `soon`: what is asked for meanwhile, two lines a step and `hop` bytes on
 template <int M>
 static void block8(const uint8_t* x, const float* xs, const int8_t* w, const float* ws,
-                   const int32_t* wsum, const float* bias, float* y, i64 in, i64 out, int n) {
+                   const int32_t* wsum, const float* bias, float* y, i64 in, i64 channels, i64 out, int n,
+                   Sums sums, const int8_t* soon, i64 hop) {
     __m512i sum[M][2];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = _mm512_setzero_si512();
-    for (i64 k = 0; k < in; k += 4, w += TILE * 4) {
+    for (int m = 0; m < M; m++) {
+        sum[m][0] = sums.begins ? _mm512_setzero_si512() : _mm512_loadu_si512(sums.kept[m]);
+        sum[m][1] = sums.begins ? _mm512_setzero_si512() : _mm512_loadu_si512(sums.kept[m] + 16);
+    }
+    for (i64 k = 0; k < channels; k += 4, w += TILE * 4, soon += hop) {
         __m512i a = _mm512_loadu_si512(w), b = _mm512_loadu_si512(w + 64);
-        __builtin_prefetch(w + AHEAD), __builtin_prefetch(w + AHEAD + 64);
+        __builtin_prefetch(soon, 0, 2), __builtin_prefetch(soon + 64, 0, 2);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
             int32_t four;
@@ -185,16 +201,32 @@ static void block8(const uint8_t* x, const float* xs, const int8_t* w, const flo
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
+        if (!sums.ends) {
+            _mm512_storeu_si512(sums.kept[m], sum[m][0]);
+            _mm512_storeu_si512(sums.kept[m] + 16, sum[m][1]);
+            continue;
+        }
         finish8(sum[m][0], xs[m], ws, wsum, bias, y + m * out, n);
         if (n > 16) finish8(sum[m][1], xs[m], ws + 16, wsum + 16, bias ? bias + 16 : bias, y + m * out + 16, n - 16);
     }
 }
 
+// A few blocks of rows pass the tile part by part, and the next part comes while they do, a line a
+// step: else memory would rest while the second block works, and the first would wait for it.
 static void rows_of8(const uint8_t* x, const float* xs, const int8_t* w, const float* ws,
                      const int32_t* wsum, const float* b, float* y, i64 rows, i64 in, i64 out, int n) {
-    by_rows(rows, [=](i64 r, auto count) {
-        block8<count>(x + r * in, xs + r, w, ws, wsum, b, y + r * out, in, out, n);
-    });
+    const i64 part = rows > ROWS && rows <= GROUP ? PART : in;
+    int32_t kept[GROUP][TILE];
+    for (i64 k = 0; k < in; k += part) {
+        const i64 channels = std::min(part, in - k);
+        const int8_t* from = w + k * TILE;
+        by_rows(rows, [&](i64 r, auto count) {
+            Sums sums{kept + r % GROUP, !k, k + channels == in};
+            const i64 size = channels * TILE, hop = part < in ? LINE : 2 * LINE;
+            const int8_t* soon = from + (part == in ? AHEAD : r ? size + size / 2 : size);
+            block8<count>(x + r * in + k, xs + r, from, ws, wsum, b, y + r * out, in, channels, out, n, sums, soon, hop);
+        });
+    }
 }
 
 // ZERO: what 0 becomes
@@ -267,7 +299,7 @@ static void block4(const int8_t* x, i64 step, const float* xs, const uint8_t* w,
         for (int m = 0; m < M; m++)
             sum[m][0] = sum[m][1] = _mm512_set1_epi32(((const int32_t*)(x + m * step + in))[g]);
         for (i64 k = 0; k < half; k += 4, w += TILE * 4) {
-            __builtin_prefetch(w + AHEAD), __builtin_prefetch(w + AHEAD + 64);
+            __builtin_prefetch(w + AHEAD, 0, 2), __builtin_prefetch(w + AHEAD + 64, 0, 2);
 #pragma GCC unroll 1
             for (int high = 0; high < 2; high++) {
                 __m128i by = _mm_cvtsi32_si128(4 * high);

@@ -14,6 +14,7 @@ typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint32_t u16x __attribute__((vector_size(64), aligned(4), may_alias));
 
 static const int DIM = 256;  // the widest head
+static const int LINE = 64;  // bytes that come from memory together
 
 static inline v16 load16(const float* p) { return *(const v16*)p; }
 static inline u16x wide16(h16 x) {
