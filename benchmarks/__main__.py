@@ -14,7 +14,7 @@ import time
 CHOSEN = (
     "limits",
     "latency --prompts 16 256 768 --batches 1 8 --rounds 2",
-    "throughput --clients 1 16 64 256 --shares 0.6 --rounds 2 --seconds 3",
+    "throughput --clients 1 16 64 256 --shares 0.6 --rounds 2 --seconds 2",
     "scheduler --steps 100",
     "front --streams 1 64 --seconds 2",
 )
