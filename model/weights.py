@@ -162,8 +162,14 @@ def _pour(rooms: Mapping[str, Room], moves: list[Move], device: torch.device) ->
     """Each core takes the next tensor. The largest come first: what is mapped counts as this
     process's memory, and then only small ones are mapped when all else is full."""
     moves = sorted(moves, key=lambda move: -move.bytes)
+    inference = torch.is_inference_mode_enabled()  # which other threads are not told
+
+    def fill(move: Move) -> None:
+        with torch.inference_mode(inference):
+            _fill(rooms[move.place.name], move)
+
     with ThreadPoolExecutor(cores() if device.type == "cpu" else 1) as crowd:
-        under_way = [crowd.submit(_fill, rooms[move.place.name], move) for move in moves]
+        under_way = [crowd.submit(fill, move) for move in moves]
         try:
             for _, one in zip(_shown(moves), under_way, strict=True):
                 one.result()
