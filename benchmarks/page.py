@@ -32,7 +32,8 @@ of the first; *streams* are as many such requests at once, with their prompts; *
 of 1,024; *beam 4* is 64 tokens. *Ratio* is Kvist's speed over the other's, the median over rounds
 in which all took their turn: above 1, Kvist is faster. *Of limit* is the share of what the memory's
 bandwidth and the units' rate allow, both measured in the same run. The rate is torch's best of
-square matrices: what does better than those is above 1.""",
+square matrices: what does better than those is above 1. `kvist_http` is Kvist's own server, asked
+over HTTP: a ratio below 1 there is noise.""",
     "throughput": """*Clients* ask again when they are answered; the other loads come by themselves,
 at a share of the requests a second that the fastest clients got. *Own* prompts have nothing in
 common, *shared* ones their first half, with the prefix cache on. *First* is the wait for the first
@@ -45,12 +46,12 @@ model's weights stay in the processor's cache, which is faster.""",
 (*times*: how often as fast). *Selection* is what a step's search takes on the host.""",
     "front": """The real server with a network that costs nothing and says, in each token, when the
 engine handed it over: *late* is how long it was on its way to a client that reads it, mean, median
-and 99th percentile. *Cpu* is the front process's. A step of 0 is as fast as it goes.""",
+and 99th percentile. *Cpu* is the front process's. A step of 0 goes as fast as it can.""",
     "loading": """A checkpoint of noise in bfloat16, read and loaded in turns in one process from a
 warm page cache. *× reading* is against reading the same bytes into memory that stays; *start* is
 all that a server does before its first step, with the most memory above the weights' own.""",
-    "soak": """What the whole server promises, each by a load of its own; *met*: the number of the
-contract is reached. *G3*: 500 clients a second leave after a moment; others' 99th percentile is
+    "soak": """What the whole server promises, each by a load of its own; *met*: the number that was
+promised is reached. *G3*: 500 clients a second leave after a moment; others' 99th percentile is
 told over theirs beside as many who get as many tokens and stay (which judges), and alone.""",
     "latency": """Rows that ask at once. *First* is the wait for the first token, all prompts before
 it included; *next* the time from token to token while every row decodes: percentiles over requests

@@ -191,9 +191,11 @@ def _name(settings: Settings) -> str:
 
 def _greeting(served: Served, info: dict[str, Any], url: str) -> str:
     """One line that answers what people ask first; /health has the rest."""
+    rounded = info.get("quantize", "none")
+    weights = "" if rounded == "none" else f" with {rounded} weights"
     return (
         f"Kvist {VERSION} serves {', '.join(served.names)} on {info.get('device', '?')}"
-        f" in {info.get('dtype', '?')} ({_ways(info.get('kernels', {}))});"
+        f" in {info.get('dtype', '?')}{weights} ({_ways(info.get('kernels', {}))});"
         f" the KV cache holds {served.capacity} tokens, a request up to {served.context}: {url}"
     )
 

@@ -5,7 +5,7 @@ that names the field, the value and what was expected.
 """
 
 import difflib
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
@@ -47,21 +47,32 @@ def show(value: Any) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 1] + "…"
 
 
-def at_most(name: str) -> Callable[[Value, ValidationInfo], Value]:
-    """The cap of `Limits` with this name, on a number or on a length."""
+def at_most(name: str) -> Callable[[int, ValidationInfo], int]:
+    """The cap of `Limits` with this name, on a number."""
 
-    def check(value: Value, info: ValidationInfo) -> Value:
-        if isinstance(value, str):
-            return value  # one string is a list of one, and `longest` looks at its length
-        cap = getattr(_bounds(info).limits, name)
-        size = len(value) if isinstance(value, Sized) else value
-        if isinstance(size, int) and size > cap:
-            what = f"has {size} entries" if isinstance(value, Sized) else f"is {show(value)}"
-            field = info.field_name
-            raise LimitExceeded(f"{field!r} {what}, but the most here is {cap}.", field)
+    def check(value: int, info: ValidationInfo) -> int:
+        _within(name, value, f"is {show(value)}", info)
         return value
 
     return check
+
+
+def no_more(name: str) -> Callable[[Value, ValidationInfo], Value]:
+    """The same on a length, of whatever is not known to be a list yet."""
+
+    def check(value: Value, info: ValidationInfo) -> Value:
+        if isinstance(value, list | dict):
+            _within(name, len(value), f"has {len(value)} entries", info)
+        return value
+
+    return check
+
+
+def _within(name: str, size: int, what: str, info: ValidationInfo) -> None:
+    cap = getattr(_bounds(info).limits, name)
+    if size > cap:
+        field = info.field_name
+        raise LimitExceeded(f"{field!r} {what}, but the most here is {cap}.", field)
 
 
 def longest(name: str) -> Callable[[list[str], ValidationInfo], list[str]]:
@@ -208,7 +219,6 @@ _BOUNDS = {
     "greater_than": ("gt", "more than {}"),
     "less_than_equal": ("le", "at most {}"),
     "less_than": ("lt", "less than {}"),
-    "too_short": ("min_length", "at least {} long"),
     "string_too_long": ("max_length", "at most {} characters long"),
     "literal_error": ("expected", "{}"),
 }
@@ -218,6 +228,10 @@ def _error(error: ErrorDetails) -> KvistError:
     path, what = _path(error["loc"]), error["type"]
     if what == "missing":
         return MissingField(f"{path!r} is missing.", path)
+    if what == "too_short":
+        few = error.get("ctx", {})
+        wanted, has = few.get("min_length"), few.get("actual_length")
+        return InvalidField(f"{path!r} must have {wanted} or more entries, but has {has}.", path)
     if what in _BOUNDS:
         name, phrase = _BOUNDS[what]
         wanted = phrase.format(error.get("ctx", {}).get(name))

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 from annotated_types import Len
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
-from server.api.fields import NotServed, at_most, in_vocabulary, longest, no_empty, prompts, strings
+from server.api.fields import (
+    NotServed,
+    at_most,
+    in_vocabulary,
+    longest,
+    no_empty,
+    no_more,
+    prompts,
+    strings,
+)
 
 INT64 = 1 << 63
 
@@ -19,9 +28,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
 
 
-def capped(name: str) -> BeforeValidator:
-    """At most as `Limits` say; a list or object is not even looked into when it has more."""
-    return BeforeValidator(at_most(name))
+def capped(name: str) -> AfterValidator:
+    """A number is at most what `Limits` say."""
+    return AfterValidator(at_most(name))
+
+
+def counted(name: str) -> BeforeValidator:
+    """A list or object is not even looked into when it has more entries than `Limits` say."""
+    return BeforeValidator(no_more(name))
 
 
 class _First(FailFast):
@@ -36,7 +50,7 @@ Count = Annotated[int, Field(ge=1)]
 Known = AfterValidator(in_vocabulary)
 Many = Annotated[list[int], FIRST, Known]
 Some = Annotated[list[int], FIRST, Len(1), Known]
-Ids = Annotated[Many, capped("stop_ids")]
+Ids = Annotated[Many, counted("stop_ids")]
 Texts = Annotated[list[str], FIRST, BeforeValidator(strings), AfterValidator(no_empty)]
 Short = Annotated[Texts, AfterValidator(longest("stop_bytes"))]
 Parts = Annotated[list[dict[str, Any]], FIRST]
@@ -66,9 +80,9 @@ class Sampled(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, float], capped("logit_bias")] = {}
+    logit_bias: Annotated[dict[str, float], counted("logit_bias")] = {}
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
-    stop: Annotated[Short, capped("stop")] = []
+    stop: Annotated[Short, counted("stop")] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="who asks, for the client's own books")
@@ -82,7 +96,7 @@ class Sampled(Strict):
     stop_token_ids: Ids = []
     bad_words: Annotated[
         Short,
-        capped("stop_ids"),
+        counted("stop_ids"),
         Field(description="As they are spelled in tokens; the same text in others may come."),
     ] = []
     allowed_token_ids: Annotated[list[int], FIRST, Field(min_length=1), Known] | None = None
@@ -129,7 +143,7 @@ class Message(Strict):
     tool_call_id: str | None = None
 
 
-Messages = Annotated[list[Message], FIRST, Len(1), capped("messages")]
+Messages = Annotated[list[Message], FIRST, Len(1), counted("messages")]
 
 
 class ChatBody(Sampled):

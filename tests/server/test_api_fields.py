@@ -223,7 +223,8 @@ def test_what_is_not_served_is_said(kind: type[Sampled]) -> None:
         ({"logit_bias": {"a": 1}}, InvalidField, "logit_bias", "0 … 258"),
         ({"logit_bias": {"1": 101}}, InvalidField, "logit_bias", "-100"),
         ({"logit_bias": {"1": "x"}}, InvalidField, "logit_bias.1", "a number"),
-        ({"allowed_token_ids": []}, InvalidField, "allowed_token_ids", "at least 1 long"),
+        ({"stop": 5}, InvalidField, "stop", "a list"),
+        ({"allowed_token_ids": []}, InvalidField, "allowed_token_ids", "1 or more entries"),
         # beams
         ({"num_beams": 2, "n": 3}, InvalidField, "n", "only 2 beams"),
         ({"num_beams": 2, "beam_width": 3}, InvalidField, "beam_width", "mean the same"),
