@@ -11,11 +11,10 @@ What is held against it reads it beside each turn (`Memory`).
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
 from typing import Self
 
 import torch
@@ -71,15 +70,18 @@ class Memory:
 
     def __init__(self, threads: int) -> None:
         self.taken: list[float] = []  # bytes/s, of each turn
-        self._threads = threads
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+        self._line, self._end = Pipe()
+        self._reader = get_context("spawn").Process(target=_serve, args=(self._end, threads))
 
     def __enter__(self) -> Self:
+        self._reader.start()
+        self._end.close()  # the reader's: it ends when nobody is left who could ask
         self._read()  # warm
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        self._line.close()
+        self._reader.join()
 
     @contextmanager
     def beside(self, taken: list[float]) -> Iterator[None]:
@@ -94,23 +96,24 @@ class Memory:
         return replace(ceiling, read=statistics.median(self.taken)) if self.taken else ceiling
 
     def _read(self) -> float:
-        return self._pool.submit(_read, self._threads).result()
+        """Seconds."""
+        self._line.send(None)
+        found: float = self._line.recv()
+        return found
 
 
-def _read(threads: int) -> float:
-    """Seconds."""
-    big, times = _filled(threads), []
-    for _ in range(READS):
-        start = time.perf_counter()
-        big.sum().item()  # which waits for a GPU
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-@cache
-def _filled(threads: int) -> Tensor:
+def _serve(line: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
-    return torch.ones(BYTES // 8, dtype=torch.int64, device=_device())
+    big = torch.ones(BYTES // 8, dtype=torch.int64, device=_device())
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            line.recv()
+            times = []
+            for _ in range(READS):
+                start = time.perf_counter()
+                big.sum().item()  # which waits for a GPU
+                times.append(time.perf_counter() - start)
+            line.send(statistics.median(times))
 
 
 def _device() -> torch.device:
