@@ -33,7 +33,7 @@ of 1,024; *beam 4* is 64 tokens. *Ratio* is Kvist's speed over the other's, the 
 in which all took their turn: above 1, Kvist is faster. *Of limit* is the share of what the memory's
 bandwidth and the units' rate allow, both measured in the same run. The rate is torch's best of
 square matrices: what does better than those is above 1. `kvist_http` is Kvist's own server, asked
-over HTTP: a ratio below 1 there is noise.""",
+over HTTP: its ratio is what HTTP costs, as far as the spread allows to tell.""",
     "throughput": """*Clients* ask again when they are answered; the other loads come by themselves,
 at a share of the requests a second that the fastest clients got. *Own* prompts have nothing in
 common, *shared* ones their first half, with the prefix cache on. *First* is the wait for the first
