@@ -56,6 +56,7 @@ P, I64, F32, C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[Any]] = {
     "pack_4": [P] * 3 + [I64] * 2 + [C],
     "pack_2": [P] * 3 + [I64] * 2 + [C],
+    "lookup": [P] * 4 + [I64] * 3,
     "linear_f32": [P] * 4 + [I64] * 3 + [C],
     "linear_bf16": [P] * 4 + [I64] * 3 + [C],
     "linear_int8": [P] * 8 + [I64] * 3 + [C],
@@ -185,20 +186,26 @@ def packs_int4(weight: Tensor, scales: Tensor) -> bool:
     return has_int8() and weight.shape[1] // scales.shape[1] % 4 == 0
 
 
-def unpack(weight: Packed, rows: Tensor | None = None) -> Tensor:
-    """-> [out, in] float32, or only the rows asked for"""
-    rows = torch.arange(weight.out) if rows is None else rows
-    values = weight.values[rows // TILE, :, rows % TILE]
+def unpack(weight: Packed) -> Tensor:
+    """-> [out, in] float32"""
+    values = weight.values.transpose(1, 2).flatten(0, 1)[: weight.out]
     if weight.scales is None:
         return values.float()
     if weight.values.dtype == torch.uint8:
-        runs, scales = (
-            values.view(len(rows), weight.groups, -1),
-            weight.scales[rows // TILE, :, rows % TILE],
-        )
-        runs = torch.cat([runs & 15, runs >> 4], -1).float() - 8
+        halves = values.unflatten(1, (weight.groups, -1)).flatten(2)
+        scales = weight.scales.transpose(1, 2).flatten(0, 1)[: weight.out]
+        runs = torch.cat([halves & 15, halves >> 4], -1).float() - 8
         return (runs * scales[..., None]).flatten(1)
-    return values.flatten(1)[:, : weight.inner].float() * weight.scales[rows, None]
+    return values.flatten(1)[:, : weight.inner].float() * weight.scales[:, None]
+
+
+def lookup(weight: Packed, rows: Tensor) -> Tensor:
+    """Some rows [n] of a weight of floats or int8 -> [n, in] float32"""
+    found, scales = torch.empty(len(rows), weight.inner), weight.scales
+    where = weight.values.data_ptr(), scales if scales is None else scales.data_ptr()
+    sizes = len(rows), weight.inner, weight.values.itemsize
+    compiled().lookup(*where, rows.data_ptr(), found.data_ptr(), *sizes)
+    return found
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:

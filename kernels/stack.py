@@ -1,7 +1,8 @@
-"""A plain decoder's layers in one call to C++, which calls there what Python calls one by one.
+"""A plain decoder's layers, and the norm after them, in one call to C++.
 
-What a layer costs beyond its arithmetic, some twenty Python calls, is as long as reading a million
-weights: a quarter of a step of half a billion. Structures here are those of `cpp/stack.h`.
+It calls there what Python calls one by one. What a layer costs beyond its arithmetic, some twenty
+Python calls, is as long as reading a million weights: a quarter of a step of half a billion.
+Structures here are those of `cpp/stack.h`.
 """
 
 import ctypes
@@ -38,7 +39,7 @@ class _Layer(ctypes.Structure):
 
 class _Stack(ctypes.Structure):
     _fields_ = (
-        *((name, P) for name in ("layers", "slopes")),
+        *((name, P) for name in ("layers", "slopes", "norm", "norm_bias")),
         *((name, I64) for name in ("count", "hidden", "heads", "kv_heads", "dim", "page")),
         *((name, I64) for name in ("by_position", "by_channel", "bytes")),
         *((name, I64) for name in ("rms", "gated", "gelu", "threads", "grain", "reading")),
@@ -48,7 +49,7 @@ class _Stack(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, P) for name in ("slots", "at", "wanted", "starts", "lengths", "table")),
+        *((name, P) for name in ("slots", "at", "starts", "lengths", "table", "wanted")),
         *((name, I64) for name in ("tokens", "rows", "width", "longest", "wants")),
     )
 
@@ -77,6 +78,8 @@ class Shape:
     scale: float
     softcap: float
     slopes: Tensor | None
+    norm: Tensor
+    norm_bias: Tensor | None
 
 
 class Stack:
@@ -89,6 +92,8 @@ class Stack:
         self.stack = _Stack(
             layers=ctypes.addressof(self.layers),
             slopes=_address(shape.slopes),
+            norm=_address(shape.norm),
+            norm_bias=_address(shape.norm_bias),
             count=len(layers),
             hidden=layers[0].products["out"][0].out,
             kv_heads=kv_heads,
@@ -114,19 +119,19 @@ class Stack:
         page_table: Tensor,
         longest: int,
         wanted: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """x [tokens, hidden] -> the stream, which takes x's place, and what the last layer adds;
-        anything for tokens that are not `wanted`"""
-        added, table = torch.empty_like(x), page_table.int().contiguous()
-        some = torch.arange(len(x)) if wanted is None else wanted
-        where = slots.long(), at.long(), some, starts.int(), lengths.int(), table
-        addresses = (part.data_ptr() for part in where)
-        step = _Step(*addresses, len(x), len(lengths), table.shape[1], longest, len(some))
+    ) -> Tensor:
+        """x [tokens, hidden], which is written over -> what the head reads; anything for tokens
+        that are not `wanted`"""
+        found, table = torch.empty_like(x), page_table.int().contiguous()
+        where = slots.long(), at.long(), starts.int(), lengths.int(), table, wanted
+        wants = len(x) if wanted is None else len(wanted)
+        sizes = len(x), len(lengths), table.shape[1], longest, wants
+        step = _Step(*map(_address, where), *sizes)
         self.stack.threads = native.threads()
         native.compiled().stack_f32(
-            ctypes.byref(self.stack), ctypes.byref(step), x.data_ptr(), added.data_ptr()
+            ctypes.byref(self.stack), ctypes.byref(step), x.data_ptr(), found.data_ptr()
         )
-        return x, added
+        return found
 
 
 def _layer(parts: LayerParts) -> _Layer:

@@ -26,8 +26,8 @@ from model.config import ModelConfig, Rope
 from model.positions import alibi_slopes, rope_table, sinusoid_table
 
 Watch = Callable[[str, int, Tensor], Tensor]
-# All layers in one call, where `pack.py` has one: -> the stream, and what the last layer adds
-Whole = Callable[[Tensor, Rows, Cache], tuple[Tensor, Tensor | None]]
+# All layers and the norm after them in one call, where `pack.py` has one
+Whole = Callable[[Tensor, Rows, Cache], Tensor]
 
 
 def _pass(_place: str, _layer: int, value: Tensor) -> Tensor:
@@ -373,25 +373,18 @@ class Decoder(nn.Module):
         """tokens [tokens] -> what the head reads, [tokens, hidden]"""
         see = watch or _pass
         x = see("embedding", -1, self._embed(tokens, rows.positions))
-        x, added = self._layers(x, rows, cache, watch)
+        if self.whole is not None and watch is None and cache is not None and cache.scales is None:
+            return self.whole(x, rows, cache)
+        added: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            x, added = layer(x, added, rows, cache, self.place, see)
+            if watch is not None:
+                x, added = watch("residual", index, x if added is None else x + added), None
         if self.norm is not None:
             x, _ = self.norm.add(added, x)
         elif added is not None:
             x = x + added
         return see("normed", -1, x)
-
-    def _layers(
-        self, x: Tensor, rows: Rows, cache: Cache | None, watch: Watch | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The stream after the last layer, and what that one adds to it."""
-        if self.whole is not None and watch is None and cache is not None and cache.scales is None:
-            return self.whole(x, rows, cache)
-        added: Tensor | None = None
-        for index, layer in enumerate(self.layers):
-            x, added = layer(x, added, rows, cache, self.place, watch or _pass)
-            if watch is not None:
-                x, added = watch("residual", index, x if added is None else x + added), None
-        return x, added
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         config = self.config

@@ -42,7 +42,7 @@ class Lookup(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if isinstance(self.weight, Packed):
-            return unpack(self.weight, tokens)
+            return native.lookup(self.weight, tokens)
         return self.weight[tokens].float()
 
 
@@ -82,17 +82,18 @@ def plain(decoder: Decoder) -> bool:
         if name.endswith((".qkv", ".out", ".up", ".down"))
     )
     known = config.activation in ACTIVATIONS and not config.experts
-    return usual and normed and small and packed and known and not config.shared_norm
+    usual = usual and decoder.norm is not None and not config.shared_norm
+    return usual and normed and small and packed and known
 
 
 class Layers:
-    """All layers in one call, of the cache that they were last called with."""
+    """All layers, and the norm after them, in one call, of the cache of the last call."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.cache: Cache | None = None
 
-    def __call__(self, x: Tensor, rows: Rows, cache: Cache) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, rows: Rows, cache: Cache) -> Tensor:
         if self.cache is not cache:
             if not native.reads_pages(cache.layer(0)[0]):  # C++ would read them all the same
                 raise ValueError(
@@ -104,7 +105,8 @@ class Layers:
         return self.stack(x, *where, rows.longest_context, rows.wanted)
 
     def _shape(self) -> Shape:
-        config = self.decoder.config
+        config, norm = self.decoder.config, self.decoder.norm
+        assert norm is not None
         return Shape(
             heads=config.heads,
             rms=config.norm == "rms",
@@ -114,6 +116,8 @@ class Layers:
             scale=config.scale,
             softcap=config.attention_softcap,
             slopes=self.decoder.place.slopes,
+            norm=norm.weight,
+            norm_bias=norm.bias,
         )
 
     def _parts(self, cache: Cache) -> Iterator[LayerParts]:

@@ -49,6 +49,22 @@ extern "C" void pack_2(const uint16_t* from, uint16_t* to, int32_t* sums, i64 ou
     tiles(from, to, sums, out, in, threads);
 }
 
+// Rows `at` of a packed weight as they were, [rows, in]; of numbers of so many bytes.
+extern "C" void lookup(const void* packed, const float* scales, const i64* at, float* y, i64 rows,
+                       i64 in, i64 bytes) {
+    const i64 run = bytes == 1 ? 4 : 1, units = (in + run - 1) / run;
+    for (i64 r = 0; r < rows; r++) {
+        const i64 first = at[r] / TILE * TILE * units + at[r] % TILE;
+        const float scale = scales ? scales[at[r]] : 1;
+        for (i64 k = 0; k < in; k++) {
+            const i64 i = (first + k / run * TILE) * run + k % run;
+            y[r * in + k] = scale * (bytes == 1   ? ((const int8_t*)packed)[i]
+                                     : bytes == 2 ? number(((const uint16_t*)packed)[i])
+                                                  : ((const float*)packed)[i]);
+        }
+    }
+}
+
 template <int M, typename W>
 static void block(const float* x, const W* w, const float* bias, float* y, i64 in, i64 out, int n) {
     v16 sum[M][2];

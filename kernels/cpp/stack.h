@@ -35,7 +35,7 @@ struct Layer {
 
 struct Stack {
     const Layer* layers;
-    const float* slopes;
+    const float *slopes, *norm, *norm_bias;  // the norms are those after the last layer
     i64 count, hidden, heads, kv_heads, dim, page, by_position, by_channel;
     i64 bytes;  // of a number in pages: 4 for float32, 2 for bfloat16
     i64 rms, gated, gelu, threads, grain, reading;
@@ -43,8 +43,9 @@ struct Stack {
 };
 
 struct Step {
-    const i64 *slots, *at, *wanted;  // tokens whose result is read, rising
+    const i64 *slots, *at;
     const int32_t *starts, *lengths, *table;
+    const i64* wanted;  // tokens whose result is read, rising; not looked at where it is all
     i64 tokens, rows, width, longest, wants;
 };
 
@@ -61,6 +62,7 @@ struct Room {  // what grows to the largest step and stays
     std::vector<uint8_t> bytes;
 };
 
+// The stream x is written over; `added` ends as what the head reads.
 extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float* added) {
     const Stack& a = *stack;
     i64 n = step->tokens;  // rows that are worked on
@@ -142,8 +144,6 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         product(l.down, fed, added);
         renorm(l.mlp_out_norm);
     }
-    if (n < step->tokens) {
-        scatter_rows(x, step->wanted, n, a.hidden);
-        scatter_rows(added, step->wanted, n, a.hidden);
-    }
+    norm_f32(x, added, a.norm, a.norm_bias, added, x, n, a.hidden, a.eps, (int)a.rms, all);
+    if (n < step->tokens) scatter_rows(added, step->wanted, n, a.hidden);
 }

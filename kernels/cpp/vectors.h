@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -26,6 +27,12 @@ static inline u16x wide16(h16 x) {
 }
 static inline v16 load16(const uint16_t* p) {  // bfloat16: the upper half of a float
     return (v16)(wide16(*(const h16*)p) << 16);
+}
+static inline float number(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float found;
+    memcpy(&found, &bits, sizeof found);
+    return found;
 }
 static inline v16 all16(float x) { return x - v16{}; }
 
