@@ -25,7 +25,7 @@ def watch(port: int) -> None:
             connection.getresponse().read()
             connection.close()
             print(time.monotonic() - began, flush=True)
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 @asynccontextmanager

@@ -13,7 +13,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from server.api.front import Front
 from server.api.replies import BROKEN, refusal
-from server.api.turns import Turns
 from server.errors import KvistError, WrongHost
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -27,7 +26,6 @@ class Door:
         self._app = app
         self._front = front
         self._posts = posts  # what answers a POST to a path without the framework
-        self._turns = Turns()
         self._hosts = {host.lower() for host in front.settings.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,7 +70,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         scope["app"] = self._app
-        await self._turns.mine()
+        await self._front.coming.mine()
         response = await endpoint(Request(scope, receive))
         await response(scope, receive, send)
 

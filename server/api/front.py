@@ -10,6 +10,7 @@ from server.api.fields import Bounds, parse
 from server.api.keys import Keys
 from server.api.schema import NOT_SERVED, Strict
 from server.api.served import Served
+from server.api.turns import Turns
 from server.api.work import Pool
 from server.config import Settings
 from server.engine.process import Health
@@ -40,6 +41,8 @@ class Front:
     keys: Keys
     traces: Traces | None = None
     pool: Pool = field(default_factory=Pool)
+    coming: Turns = field(default_factory=Turns)  # of those who ask …
+    going: Turns = field(default_factory=Turns)  # … and of those whose answer begins, or ends
     served: Served | None = None  # from the moment that the engine is ready
     draining: bool = False  # not ready any more …
     closed: bool = False  # … and nothing new is taken

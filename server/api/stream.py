@@ -101,6 +101,7 @@ class Reply(Response):
         finally:
             timer.cancel()
             self._woken = None
+        await self.front.going.mine()
 
     def _wake(self, number: int, inbox: Inbox) -> None:
         """The engine's client has something. What fails here is this answer's alone."""

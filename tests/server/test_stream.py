@@ -1,22 +1,27 @@
 """How a stream leaves the front: past ASGI or through it, at once or late, in parts or broken."""
 
+import asyncio
 import json
 import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.types import Send
 
 import server.protocol
 from server.api import ask
 from server.api.answer import Answer, Delta
 from server.api.schema import ChatBody, CompletionBody
 from server.api.shapes import ChatShape, CompletionShape, Shape
+from server.api.stream import Stream
+from server.api.turns import MOST
 from server.config import Settings
 from server.engine.request import Choice, Event
 from server.protocol import Guarded
@@ -117,6 +122,37 @@ def test_a_bug_in_mid_stream_ends_that_stream_alone(
     assert b"secret" not in failed
     assert said(fine)[1] == b"[DONE]"
     assert not rig.engine.running
+
+
+def test_many_answers_begin_a_few_at_a_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may give hundreds their first word; meanwhile others have turns of the loop, too."""
+    begun, begin = 0, Stream._send
+
+    async def counted(self: Stream, send: Send, data: bytes, more: bool) -> None:
+        nonlocal begun
+        begun += not self.begun
+        await begin(self, send, data, more)
+
+    async def turns() -> list[int]:
+        seen = [0]
+        hold.set()
+        while seen[-1] < len(held):
+            await asyncio.sleep(0)
+            seen.append(begun)
+        return [now - before for before, now in pairwise(seen)]
+
+    monkeypatch.setattr(Stream, "_send", counted)
+    hold = rig.engine.hold = asyncio.Event()
+    held = [rig.connect() for _ in range(5 * MOST)]
+    for one in held:
+        send(rig, one, WHOLE | {"prompt": "Hi"})
+    until(lambda: len(rig.engine.running) == len(held))
+    assert rig.loop is not None
+    assert max(asyncio.run_coroutine_threadsafe(turns(), rig.loop).result(20)) <= MOST
+    rig.engine.hold = None
+    assert len({str(said(read_all(one))) for one in held}) == 1
+    for one in held:
+        one.close()
 
 
 FRONT = front(Settings(), FakeEngine())
