@@ -245,8 +245,8 @@ def _check_whole(manifest: Manifest, shapes: dict[str, Size]) -> None:
         absent = [short(name) for hole in holes[:SHOWN] for name in _absent(hole, manifest)]
         also = f" (also {', '.join(absent[1:SHOWN])})" if len(absent) > 1 else ""
         raise CheckpointError(
-            f"{manifest.name}: tensor {absent[0]} is missing{also}; {len(holes)} of the network's "
-            f"{len(shapes)} weights are incomplete"
+            f"{manifest.name}: tensor {absent[0]} is missing{also}; of the network's "
+            f"{len(shapes)} weights {len(holes)} {'is' if len(holes) == 1 else 'are'} incomplete"
         )
 
 

@@ -131,7 +131,12 @@ def _header(path: Path) -> tuple[int, int, dict[str, Any]]:
     length = int.from_bytes(first, "little")
     if first.startswith(b"version "):
         raise CheckpointError(f"{path.name} is a git-lfs pointer, not the file: run `git lfs pull`")
-    if size < 8 or length > size - 8:
+    if size < 8:
+        raise CheckpointError(
+            f"{path.name} is not a safetensors file: it has {size} bytes, and the size of the "
+            "header takes 8"
+        )
+    if length > size - 8:
         raise CheckpointError(
             f"{path.name} is truncated, or not a safetensors file: it has {size} bytes, and its "
             f"header alone claims {length}"

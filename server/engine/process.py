@@ -326,10 +326,16 @@ class Client:
             listening.cancel()
         self._fail()
         status = await child.end(1.0)
-        (log.info if self._state == "stopped" else log.error)(
-            "The engine, process %d, ended with status %d.", child.pid, status
+        words = child.last_words
+        level = logging.INFO if self._state == "stopped" else logging.ERROR
+        if words is not None and not self._started.done():
+            level = logging.DEBUG  # the start fails, and says the same
+        log.log(
+            level,
+            "The engine, process %d, ended with status %d.%s",
+            *(child.pid, status, f" {words.reason}" if words else ""),
         )
-        return child.last_words
+        return words
 
     def _look(self, child: Child) -> None:
         """Twice stale is hung: the first time, it may have waited for us."""

@@ -245,7 +245,7 @@ def with_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-@broken(rf"{WEIGHTS} is truncated, or not a safetensors file: it has 0 bytes")
+@broken(rf"{WEIGHTS} is not a safetensors file: it has 0 bytes, and the size of the header takes 8")
 def empty_file(folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(b"")
 
@@ -361,23 +361,27 @@ def hole(folder: Path) -> None:
     write_raw(folder / WEIGHTS, header, data)
 
 
-@broken(rf"{WEIGHTS}: tensor '{Q}' is missing; 1 of the network's 21 weights are incomplete")
+@broken(rf"{WEIGHTS}: tensor '{Q}' is missing; of the network's 21 weights 1 is incomplete")
 def missing_tensor(folder: Path) -> None:
     with_tensors(folder, **{Q: None})
 
 
-@broken(rf"{WEIGHTS}: tensor 'model.embed_tokens.weight' is missing; 1 of")
+@broken(rf"{WEIGHTS}: tensor 'model.embed_tokens.weight' is missing; of the network's 21 weights 1")
 def missing_embedding(folder: Path) -> None:
     with_tensors(folder, **{"model.embed_tokens.weight": None})
 
 
-@broken(rf"{WEIGHTS}: tensor 'model.layers.3.self_attn.k_proj.weight' is missing \(also .*\); 6")
+@broken(
+    rf"{WEIGHTS}: tensor 'model.layers.3.self_attn.k_proj.weight' is missing \(also .*\); .* 6 are"
+)
 def missing_layer(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
 
 
-@broken(rf"{WEIGHTS}: tensor 'model.embed_tokens.weight' is missing \(also .*; 21 of")
+@broken(
+    rf"{WEIGHTS}: tensor 'model.embed_tokens.weight' is missing \(also .*; of .* 21 weights 21 are"
+)
 def no_tensors(folder: Path) -> None:
     write_raw(folder / WEIGHTS, b"{}")
 
