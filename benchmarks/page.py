@@ -77,7 +77,7 @@ def _rank(result: Mapping[str, Any]) -> tuple[int, str, str, str]:
 
 
 def section(result: Mapping[str, Any]) -> str:
-    lines = [f"### {_title(result)}", "", conditions(result), ""]
+    lines = [f"### {_title(result)}, at {result['commit']}", "", conditions(result), ""]
     if result.get("disturbed"):
         lines += ["**This run was disturbed**: its spread is above 15 %.", ""]
     lines += [*ceilings(result), *picture(result), *tables(result["rows"])]
@@ -102,7 +102,7 @@ def conditions(result: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     return (
         f"{result['device']}, {result['cores']} cores, load {result['load']:.1f}; {told}; "
-        f"commit `{result['commit']}`. `python {result['command']}`"
+        f"`python {result['command']}`"
     )
 
 

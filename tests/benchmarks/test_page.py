@@ -50,7 +50,7 @@ def test_the_order_is_that_of_the_table_of_contents(tmp_path: Path) -> None:
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     found = page.page(page.kept(tmp_path))
     assert found == page.page([RESULT, other])
-    heads = ["## Compare", "### llama-0.5b", "## Latency", "### Some CPU"]
+    heads = ["## Compare", "### llama-0.5b, at abc1234", "## Latency", "### Some CPU, at abc1234"]
     assert [line for line in found.splitlines() if line.startswith("##")] == heads
 
 
