@@ -87,8 +87,10 @@ def empty(shape: torch.Size, kind: str, group: int, device: torch.device | str) 
     out, inner = shape
     form = FORMATS[kind]
     group = group or next((size for size in form.groups if inner % size == 0), inner)
-    if inner % group or (form.bits == 4 and group % 2):
-        raise ValueError(f"rows of {inner} weights cannot be cut into groups of {group}")
+    odd = form.bits == 4 and group % 2
+    if inner % group or odd:
+        why = ": two weights share a byte" if odd else ""
+        raise ValueError(f"rows of {inner} weights cannot be cut into groups of {group}{why}")
     return form.room(
         memory.empty((out, inner * form.bits // (8 * form.values.itemsize)), form.values, device),
         memory.empty((out, inner // group), torch.float32, device),

@@ -82,9 +82,8 @@ def _listen(settings: Settings) -> socket.socket:
         return bind(settings.host, settings.port)
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
-        why = (
-            "is taken; choose another --port" if error.errno == errno.EADDRINUSE else error.strerror
-        )
+        taken = error.errno == errno.EADDRINUSE
+        why = "it is taken; choose another --port" if taken else error.strerror
         raise PortTaken(f"{where} cannot be listened on: {why}.") from None
 
 

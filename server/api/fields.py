@@ -123,7 +123,8 @@ def prompts(value: Any, info: ValidationInfo) -> list[str] | list[list[int]]:
         return [value]
     if not isinstance(value, list) or not value:
         wanted = "must be a text, a list of texts, token ids, or lists of token ids"
-        raise InvalidField(f"{field!r} {wanted}, and not empty; it is {show(value)}.", field)
+        found = "empty" if value == [] else show(value)
+        raise InvalidField(f"{field!r} {wanted}; it is {found}.", field)
     if type(value[0]) is int:
         value = [value]
     if len(value) > most:

@@ -208,7 +208,7 @@ def test_what_is_not_served_is_said(kind: type[Sampled]) -> None:
         ({"max_tokens": -1}, InvalidField, "max_tokens", "at least 0"),
         ({"max_tokens": 4096}, TooLong, "max_tokens", "maximum context length is 4096 tokens"),
         ({"min_tokens": 17}, InvalidField, "min_tokens", "at most 16"),
-        ({"prompt": []}, InvalidField, "prompt", "not empty"),
+        ({"prompt": []}, InvalidField, "prompt", "it is empty"),
         ({"prompt": [[]]}, InvalidField, "prompt", "no tokens"),
         ({"prompt": ["a", 1]}, InvalidField, "prompt", "mixes"),
         ({"prompt": [1, "a"]}, InvalidField, "prompt", "mixes"),

@@ -230,7 +230,7 @@ def test_a_taken_port_is_said_before_anything_is_loaded(running: Process) -> Non
     """T78"""
     got = run("serve", "/nowhere/model", "--port", str(running.port))
     assert got.returncode == 1
-    assert got.stderr.startswith(f"kvist: 127.0.0.1:{running.port} cannot be listened on")
+    assert got.stderr.startswith(f"kvist: 127.0.0.1:{running.port} cannot be listened on: it is")
     assert len(got.stderr.splitlines()) == 1
 
 
