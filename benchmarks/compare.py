@@ -8,7 +8,8 @@ that is not, or fails, is listed with its reason. Each has a process of its own,
 others work; all take turns in every round. `ratio` is Kvist's speed over the other's, the median
 over rounds; `of limit` is the share of what this machine's units allow, measured in this run, and
 its memory, measured beside each turn. Kvist is its offline engine. Decode is the time of 128 tokens
-without that of the first.
+without that of the first. A source is stored as real ones of its shape are. In float32, Kvist keeps
+weights that are stored in bfloat16 as they are, and computes the same: its limit is their bytes.
 """
 
 import os
@@ -53,6 +54,8 @@ def seats(given: Namespace, precision: str, threads: int, work: Path) -> Iterato
             if precision not in entry.forms:
                 raise Failed(f"it has no {precision} here")
             for form in entry.forms[precision]:
+                if form == "BF16" and SHAPES[given.shape]["stored"] != "bfloat16":
+                    continue  # it would round what others read
                 yield Seat(engine, form, convert(engine, here, form, work), threads, words)
         except metadata.PackageNotFoundError:
             given.missing[engine] = f"{entry.package} is not installed"
@@ -103,9 +106,10 @@ def shown(seat: Seat, best: Seat | None, given: Namespace, ceiling: limits.Limit
 
 
 def _lowest(case: str, work: Work, seat: Seat, given: Namespace, ceiling: limits.Limits) -> float:
-    found = least(work, seat.form, SHAPES[given.shape], ceiling)
+    how = seat.engine, seat.form, SHAPES[given.shape], ceiling
+    found = least(work, *how)
     if case == WITHOUT_FIRST:
-        found -= least(replace(work, new=1), seat.form, SHAPES[given.shape], ceiling)
+        found -= least(replace(work, new=1), *how)
     return found
 
 
@@ -162,8 +166,8 @@ def finish(given: Namespace, rows: list[harness.Row], ceilings: dict[int, limits
     for name, why in given.missing.items():
         print(f"{name}: {why}")
     harness.finish(
-        "compare", rows, given, shape=given.shape, precisions=given.precisions,
-        rounds=given.rounds, missing=given.missing,
+        "compare", rows, given, shape=given.shape, stored=SHAPES[given.shape]["stored"],
+        precisions=given.precisions, rounds=given.rounds, missing=given.missing,
         versions=versions(),
         limits={threads: asdict(ceiling) for threads, ceiling in ceilings.items()},
         disturbed=max((row.get("spread") or 0 for row in rows), default=0) > 0.15,

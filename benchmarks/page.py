@@ -33,7 +33,10 @@ of 1,024; *beam 4* is 64 tokens. *Ratio* is Kvist's speed over the other's, the 
 in which all took their turn: above 1, Kvist is faster. *Of limit* is the share of what the memory's
 bandwidth and the units' rate allow, both measured in the same run. The rate is torch's best of
 square matrices: what does better than those is above 1. `kvist_http` is Kvist's own server, asked
-over HTTP: its ratio is what HTTP costs, as far as the spread allows to tell.""",
+over HTTP: its ratio is what HTTP costs, as far as the spread allows to tell. *Stored* is how the
+source keeps its weights (float32 where nothing is said). In float32, Kvist leaves what is stored in
+bfloat16 as it is, reads half as much, and computes float32's numbers; `llama_cpp BF16` reads as
+much, but rounds what it multiplies to bfloat16.""",
     "throughput": """*Clients* ask again when they are answered; the other loads come by themselves,
 at a share of the requests a second that the fastest clients got. *Own* prompts have nothing in
 common, *shared* ones their first half, with the prefix cache on. *First* is the wait for the first
@@ -87,7 +90,8 @@ def section(result: Mapping[str, Any]) -> str:
 
 
 def _title(result: Mapping[str, Any]) -> str:
-    of = [result.get("shape"), *result.get("precisions", ()), result.get("label")]
+    stored = [f"stored in {result['stored']}"] if "stored" in result else []
+    of = [result.get("shape"), *stored, *result.get("precisions", ()), result.get("label")]
     model = result.get("about", {}).get("model")
     return ", ".join(filter(None, of)) or (f"model {model}" if model else result["device"])
 

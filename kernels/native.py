@@ -59,6 +59,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "lookup": [P] * 4 + [I64] * 3,
     "linear_f32": [P] * 4 + [I64] * 3 + [C],
     "linear_bf16": [P] * 4 + [I64] * 3 + [C],
+    "linear_f16": [P] * 4 + [I64] * 3 + [C],
     "linear_int8": [P] * 8 + [I64] * 3 + [C],
     "linear_int4": [P] * 7 + [I64] * 4 + [C],
     "attention_f32": [P] * 9 + [I64] * 10 + [F32] * 2 + [C],
@@ -140,10 +141,14 @@ def _call(name: str, work: int, *args: Tensor | float | None) -> None:
 # ── products ──────────────────────────────────────────────────────────────────────────────────
 
 
+KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)  # of products.h
+PLAIN = dict(zip(KINDS[:3], ("linear_f32", "linear_bf16", "linear_f16")))
+
+
 class Packed(NamedTuple):
     """A weight as the CPU likes to read it: tiles of 32 outputs, each read once and in order."""
 
-    values: Tensor  # [tiles, in, 32] float32 or bfloat16; int8: [tiles, in / 4, 32, 4]; int4: …/ 8
+    values: Tensor  # [tiles, in, 32] floats; int8: [tiles, in / 4, 32, 4]; int4: …/ 8
     out: int
     inner: int
     scales: Tensor | None = None  # float32: int8 [out]; int4 [tiles, groups, 32]
@@ -154,9 +159,13 @@ class Packed(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.out, self.inner
 
+    @property
+    def kind(self) -> int:
+        return KINDS.index(self.values.dtype)
+
 
 def pack(weight: Tensor, scales: Tensor | None = None, own: bool = False) -> Packed:
-    """weight [out, in] float32, bfloat16, or int8 with scales [out]; or two to a byte, as
+    """weight [out, in] of floats in 32 or 16 bits, or int8 with scales [out]; or two to a byte, as
     `kernels.linear` has them, with scales [out, groups]. `own`: may be overwritten"""
     if weight.dtype == torch.uint8 and scales is not None:
         return _pack_int4(weight, scales, own)
@@ -203,7 +212,7 @@ def lookup(weight: Packed, rows: Tensor) -> Tensor:
     """Some rows [n] of a weight of floats or int8 -> [n, in] float32"""
     found, scales = torch.empty(len(rows), weight.inner), weight.scales
     where = weight.values.data_ptr(), scales if scales is None else scales.data_ptr()
-    sizes = len(rows), weight.inner, weight.values.itemsize
+    sizes = len(rows), weight.inner, weight.kind
     compiled().lookup(*where, rows.data_ptr(), found.data_ptr(), *sizes)
     return found
 
@@ -225,19 +234,22 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
         row_scales = torch.empty(len(x))
         tables = weight.values, weight.scales, weight.sums
         _call("linear_int8", work, x, *tables, bias, y, rounded, row_scales, *three)
-    elif weight.values.dtype == torch.bfloat16:
-        _call("linear_bf16", work, x, weight.values, bias, y, *three)
     else:
-        _call("linear_f32", work, x, weight.values, bias, y, *three)
+        _call(PLAIN[weight.values.dtype], work, x, weight.values, bias, y, *three)
     return y.view(shape)
+
+
+def here() -> bool:
+    try:
+        compiled()
+    except NotHere:
+        return False
+    return True
 
 
 def has_int8() -> bool:
     """Whether this processor multiplies bytes four at a time (AVX-512 VNNI)."""
-    try:
-        return bool(compiled().has_int8())
-    except NotHere:
-        return False
+    return here() and bool(compiled().has_int8())
 
 
 # ── attention ─────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,6 @@ from kernels import native
 from kernels.native import Packed
 
 P, I64, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
@@ -149,8 +148,7 @@ def _layer(parts: LayerParts) -> _Layer:
 
 def _product(weight: Packed, bias: Tensor | None) -> _Product:
     where = map(_address, (weight.values, weight.scales, weight.sums, bias))
-    kind = KINDS[weight.values.dtype]
-    return _Product(*where, weight.inner, weight.out, weight.groups, kind)
+    return _Product(*where, weight.inner, weight.out, weight.groups, weight.kind)
 
 
 def _address(tensor: Tensor | None) -> int | None:

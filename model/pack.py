@@ -1,7 +1,7 @@
 """Weights as a CPU likes to read them: applied to a loaded decoder from outside.
 
-Products then run natively, with float32 activations over float32 and bfloat16 weights, rounded
-ones over int8 and int4, and a row's result is bit for bit the same in any company. See
+Products then run natively, with float32 activations over floats in 32 or 16 bits, rounded ones
+over int8 and int4, and a row's result is bit for bit the same in any company. See
 `kernels/native.py`.
 """
 
@@ -170,4 +170,4 @@ def _packed(weight: object) -> Packed | None:
     if not isinstance(weight, Tensor):
         return None
     weight = weight.detach()
-    return pack(weight if weight.dtype == torch.bfloat16 else weight.float(), own=True)
+    return pack(weight, own=True)

@@ -67,14 +67,16 @@ def start(
         device=where,
         quantization=quantize,
         head=native_wanted and quantize in ("int8", "int4") and native.has_int8(),
+        keep=native_wanted and native.here(),
         context=context or 0,
     )
     config = decoder.config
     context = context or config.context
     stored = next(iter(decoder.parameters())).dtype
-    parameters, width = count(decoder), stored.itemsize
+    parameters = count(decoder)
+    weights = _plain(stored) if quantize == "none" else quantize
     ways = _enable_native(decoder, threads) if native_wanted else ""
-    rounded = quantize in ("int8", "int4") or stored == torch.bfloat16
+    rounded = quantize in ("int8", "int4") or (stored == torch.bfloat16 and dtype != "float32")
     in_native = native_wanted and not ways
     if in_native:
         stored = torch.float32  # what native kernels compute in
@@ -96,11 +98,11 @@ def start(
     about = {
         "family": config.family,
         "parameters": parameters,
-        "weight_bytes": width,
         "device": _name(where),
-        "dtype": str(stored).removeprefix("torch."),
+        "dtype": _plain(stored),
+        "weights": weights,
         "quantize": quantize,
-        "kv_dtype": str(kept).removeprefix("torch."),
+        "kv_dtype": _plain(kept),
         "threads": threads,
         "native": ways or "yes",
         "kernels": {choice.kernel: f"{choice.way}: {choice.reason}" for choice in choices},
@@ -135,11 +137,15 @@ def _kept(wish: str, stored: torch.dtype, brief: bool, rounded: bool) -> torch.d
     kept = {**FORMATS, **FLOATS}[wish]
     if wish in FLOATS and kept != stored and not (brief and kept == torch.bfloat16):
         raise DoesNotFitError(
-            f"--kv-dtype {wish}: pages hold {str(stored).removeprefix('torch.')} here; "
+            f"--kv-dtype {wish}: pages hold {_plain(stored)} here; "
             "bfloat16 beside float32 needs the native CPU kernels, a head of a multiple of 16 "
             "channels, and pages of a multiple of 16 tokens: use auto, int8 or fp8"
         )
     return kept
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _in_torch(where: torch.device, quantize: str, kv_dtype: str) -> str:

@@ -23,7 +23,7 @@ from model.checkpoint import CheckpointError
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.device import cores, free_memory, pick_dtype
-from model.manifest import Move, check, read_manifest
+from model.manifest import Manifest, Move, check, read_manifest
 
 BAR = 256 << 20  # bytes from which a progress bar is worth showing
 
@@ -38,6 +38,7 @@ def load(
     quantization: quantize.Quantize = "none",
     group: int = 0,
     head: bool = False,
+    keep: bool = False,
     context: int = 0,
 ) -> Decoder:
     """The decoder of a checkpoint.
@@ -45,6 +46,8 @@ def load(
     dtype: a format or its name; "auto" keeps what is stored where the device is good at it.
     group: a quantised row has a scale for each `group` weights; 0: as suits the format.
     head: its weight becomes int8 too, which only the CPU's own kernels can look up again.
+    keep: what is multiplied by or looked up stays in the 16 bits in which it is stored, where that
+        changes no number: as float32 it would be twice as much to read. Needs the same kernels.
     context: the longest text that will be served; 0: the model's own.
     """
     if quantization not in ("none", *quantize.FORMATS):
@@ -57,6 +60,8 @@ def load(
         dtype = pick_dtype(dtype, device, manifest.dtype)
     decoder = build(manifest.config, dtype, device, context)
     check(manifest, decoder)
+    if keep and dtype == torch.float32:
+        _keep(decoder, manifest)
     kinds: dict[str, str] = {}
     if quantization != "none":
         kinds = dict.fromkeys(quantize.chosen(decoder), quantization)
@@ -111,6 +116,18 @@ def build(config: ModelConfig, dtype: torch.dtype, device: torch.device, context
         for name, table in module.named_buffers(recurse=False):
             setattr(module, name, table.to(device))
     return decoder
+
+
+def _keep(decoder: Decoder, manifest: Manifest) -> None:
+    """Shapes become those of what is stored, if all of a weight is stored alike."""
+    stored: dict[str, set[torch.dtype]] = {}
+    for move in manifest.moves:
+        stored.setdefault(move.place.name, set()).add(move.file.dtype(move.name))
+    for name in {*quantize.chosen(decoder), quantize.head_name(decoder), "embed.weight"}:
+        dtype, *others = stored[name]
+        if not others and dtype in (torch.bfloat16, torch.float16):
+            weight = decoder.get_parameter(name)
+            weight.data = weight.data.to(dtype)
 
 
 def _check_memory(decoder: Decoder, kinds: Mapping[str, str], device: torch.device) -> None:

@@ -176,7 +176,7 @@ def _served(settings: Settings, info: dict[str, Any]) -> Served:
 
 def _fingerprint(info: dict[str, Any]) -> str:
     """The numbers that answers are computed in: of activations, weights, and pages."""
-    kinds = [info.get(name, "") for name in ("dtype", "quantize", "kv_dtype")]
+    kinds = [info.get(name, "") for name in ("dtype", "weights", "kv_dtype")]
     return "-".join(["kvist", VERSION, *kinds])
 
 
@@ -190,11 +190,11 @@ def _name(settings: Settings) -> str:
 
 def _greeting(served: Served, info: dict[str, Any], url: str) -> str:
     """One line that answers what people ask first; /health has the rest."""
-    rounded = info.get("quantize", "none")
-    weights = "" if rounded == "none" else f" with {rounded} weights"
+    computed, kept = info.get("dtype", "?"), info.get("weights", "?")
+    weights = "" if kept == computed else f" with {kept} weights"
     return (
         f"Kvist {VERSION} serves {', '.join(served.names)} on {info.get('device', '?')}"
-        f" in {info.get('dtype', '?')}{weights} ({_ways(info.get('kernels', {}))});"
+        f" in {computed}{weights} ({_ways(info.get('kernels', {}))});"
         f" the KV cache holds {served.capacity} tokens, a request up to {served.context}: {url}"
     )
 

@@ -37,7 +37,11 @@ PEERS = {
     "ctranslate2": Entry("ctranslate2", BOTH),
     "llama_cpp": Entry(
         "llama-cpp-python",
-        {"float32": ("F32",), "int8": ("Q8_0", "Q4_0"), "int4": ("Q4_0",)},  # its fastest, in two
+        {
+            "float32": ("F32", "BF16"),
+            "int8": ("Q8_0", "Q4_0"),
+            "int4": ("Q4_0",),
+        },  # its fastest, in two
     ),
     "openvino": Entry("openvino-genai", ALL),
     "onnxruntime": Entry("onnxruntime-genai", BOTH),

@@ -14,7 +14,15 @@ from benchmarks.peers.remote import Failed, Remote
 from benchmarks.peers.source import weights
 
 WITHOUT_FIRST = "decode"  # the case that counts what comes after the first token
-HEAD = {"float32": 4.0, "F32": 4.0, "int8": 1.0, "int4": 1.0, "Q8_0": 34 / 32, "Q4_0": 34 / 32}
+HEAD = {
+    "float32": 4.0,
+    "F32": 4.0,
+    "BF16": 2.0,
+    "int8": 1.0,
+    "int4": 1.0,
+    "Q8_0": 34 / 32,
+    "Q4_0": 34 / 32,
+}
 BYTES = HEAD | {"int4": 0.5 + 4 / 128, "Q4_0": 18 / 32}  # of a weight in the layers
 
 
@@ -99,16 +107,21 @@ def contest(
         seat.leave()
 
 
-def least(work: Work, form: str, shape: dict[str, Any], ceiling: Limits) -> float:
+def least(work: Work, engine: str, form: str, shape: dict[str, Any], ceiling: Limits) -> float:
     """Seconds that reading the weights, keys and values, or the products take at the least."""
     layers, head = weights(shape), shape["vocabulary"] * shape["hidden"]
-    rate = ceiling.float32 if BYTES[form] == 4 else ceiling.int8 or ceiling.float32
-    read = (BYTES[form] * layers + HEAD[form] * head) / ceiling.read
+    floats = form in ("float32", "F32", "BF16")
+    rate = ceiling.float32 if floats else ceiling.int8 or ceiling.float32
+    stays = engine.startswith("kvist") and form == "float32" and shape["stored"] == "bfloat16"
+    kept = "BF16" if stays else form  # float32's numbers, in half of the bytes
+    read = (BYTES[kept] * layers + HEAD[kept] * head) / ceiling.read
     seen = work.prompt + work.new / 2
     width = shape["hidden"] // shape["heads"] * shape["kv_heads"]
-    number = 4 if BYTES[form] == 4 else 2  # bytes; some keep less, which makes little of a step
-    kept = number * 2 * shape["layers"] * width * seen / ceiling.read  # of one row
+    number = (
+        4 if form in ("float32", "F32") else 2
+    )  # bytes; some keep less, which makes little of a step
+    pages = number * 2 * shape["layers"] * width * seen / ceiling.read  # of one row
     rows = work.streams * work.beams
     prompt = max(read, 2 * work.streams * (layers * work.prompt + head) / rate)
-    step = max(read + rows * kept, 2 * rows * (layers + head) / rate)
+    step = max(read + rows * pages, 2 * rows * (layers + head) / rate)
     return prompt + (work.new - 1) * step

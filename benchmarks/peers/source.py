@@ -1,7 +1,8 @@
 """The network that every engine gets: noise in a known shape, as a folder that all converters read.
 
-The last norm is 8 instead of 1: logits of noise are nearly flat, and with these a greedy choice is
-not a matter of rounding.
+Stored as real ones of such a shape are: Llama's in bfloat16, GPT-2's in float32. The last norm is 8
+instead of 1: logits of noise are nearly flat, and with these a greedy choice is not a matter of
+rounding.
 """
 
 import json
@@ -11,22 +12,26 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 SHARPNESS = 8.0
-LLAMA = {"architecture": "llama", "context": 2048, "epsilon": 1e-6, "noise": 0.02}
+LLAMA = {"architecture": "llama", "stored": "bfloat16", "context": 2048, "epsilon": 1e-6}
+GPT2 = {"architecture": "gpt2", "stored": "float32", "context": 1024}
 SHAPES: dict[str, dict[str, Any]] = {
     "check": LLAMA
     | {"hidden": 256, "layers": 3, "heads": 4, "kv_heads": 2, "inner": 512, "vocabulary": 2048}
     | {"noise": 0.12},
-    "check-gpt2": {"architecture": "gpt2", "hidden": 256, "layers": 3, "heads": 4, "kv_heads": 4}
-    | {"inner": 1024, "vocabulary": 2048, "context": 1024, "noise": 0.12},
-    "gpt2-124m": {"architecture": "gpt2", "hidden": 768, "layers": 12, "heads": 12, "kv_heads": 12}
-    | {"inner": 3072, "vocabulary": 50_257, "context": 1024, "noise": 0.02},
+    "check-gpt2": GPT2
+    | {"hidden": 256, "layers": 3, "heads": 4, "kv_heads": 4, "inner": 1024, "vocabulary": 2048}
+    | {"noise": 0.12},
+    "gpt2-124m": GPT2
+    | {"hidden": 768, "layers": 12, "heads": 12, "kv_heads": 12, "inner": 3072}
+    | {"vocabulary": 50_257, "noise": 0.02},
     "llama-0.5b": LLAMA
     | {"hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "inner": 4864}
-    | {"vocabulary": 151_936},
+    | {"vocabulary": 151_936, "noise": 0.02},
     "llama-3.2-1b": LLAMA
     | {"hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "inner": 8192}
-    | {"vocabulary": 128_256},
+    | {"vocabulary": 128_256, "noise": 0.02},
 }
+SHAPES["llama-0.5b-float32"] = SHAPES["llama-0.5b"] | {"stored": "float32"}
 
 
 def weights(shape: dict[str, Any]) -> int:
@@ -47,7 +52,7 @@ def write(shape: dict[str, Any], folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     final = model.transformer.ln_f if shape["architecture"] == "gpt2" else model.model.norm
     final.weight.data.fill_(SHARPNESS)
-    model.save_pretrained(folder)
+    model.to(getattr(torch, shape["stored"])).save_pretrained(folder)
     _words(shape["vocabulary"], folder)
 
 

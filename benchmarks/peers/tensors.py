@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 LLAMA = {
     "input_layernorm": "norm1",
@@ -34,7 +34,7 @@ GPT2 = {
 
 
 class Source:
-    """(name, "weight" or "bias", array) of each; a layer's names begin with its number."""
+    """(name, "weight" or "bias", float32) of each; a layer's names begin with its number."""
 
     def __init__(self, folder: Path) -> None:
         about = json.loads((folder / "config.json").read_text())
@@ -53,7 +53,8 @@ class Source:
         self._tensors = load_file(folder / "model.safetensors")
 
     def __iter__(self) -> Iterator[tuple[str, str, np.ndarray]]:
-        for name, array in self._tensors.items():
+        for name, tensor in self._tensors.items():
+            array = tensor.float().numpy()
             path, _, kind = name.rpartition(".")
             plain = _plain(path)
             if self.architecture == "gpt2" and plain.rpartition(".")[2] in (

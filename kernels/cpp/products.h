@@ -8,6 +8,8 @@
 #include "threads.h"
 #include "vectors.h"
 
+enum Kind { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // of a weight
+
 static const i64 CACHE = 256 << 10;  // bytes of rows that a core keeps near
 static const int TILE = 32;  // outputs of a tile: two registers of 16 floats
 static const i64 AHEAD = 4096;  // bytes of weights asked for early: a page, where the core's own guess ends
@@ -49,18 +51,19 @@ extern "C" void pack_2(const uint16_t* from, uint16_t* to, int32_t* sums, i64 ou
     tiles(from, to, sums, out, in, threads);
 }
 
-// Rows `at` of a packed weight as they were, [rows, in]; of numbers of so many bytes.
+// Rows `at` of a packed weight as they were, [rows, in].
 extern "C" void lookup(const void* packed, const float* scales, const i64* at, float* y, i64 rows,
-                       i64 in, i64 bytes) {
-    const i64 run = bytes == 1 ? 4 : 1, units = (in + run - 1) / run;
+                       i64 in, i64 kind) {
+    const i64 run = kind == INT8 ? 4 : 1, units = (in + run - 1) / run;
     for (i64 r = 0; r < rows; r++) {
         const i64 first = at[r] / TILE * TILE * units + at[r] % TILE;
         const float scale = scales ? scales[at[r]] : 1;
         for (i64 k = 0; k < in; k++) {
             const i64 i = (first + k / run * TILE) * run + k % run;
-            y[r * in + k] = scale * (bytes == 1   ? ((const int8_t*)packed)[i]
-                                     : bytes == 2 ? number(((const uint16_t*)packed)[i])
-                                                  : ((const float*)packed)[i]);
+            y[r * in + k] = scale * (kind == INT8       ? ((const int8_t*)packed)[i]
+                                     : kind == BFLOAT16 ? number(((const uint16_t*)packed)[i])
+                                     : kind == FLOAT16  ? number(((const Half*)packed)[i])
+                                                        : ((const float*)packed)[i]);
         }
     }
 }
@@ -167,6 +170,10 @@ extern "C" void linear_f32(const float* x, const float* w, const float* b, float
 }
 extern "C" void linear_bf16(const float* x, const uint16_t* w, const float* b, float* y, i64 rows,
                             i64 in, i64 out, int threads) {
+    linear(x, w, b, y, rows, in, out, threads);
+}
+extern "C" void linear_f16(const float* x, const Half* w, const float* b, float* y, i64 rows, i64 in,
+                           i64 out, int threads) {
     linear(x, w, b, y, rows, in, out, threads);
 }
 

@@ -21,7 +21,7 @@ struct Product {
     const float* scales;
     const int32_t* sums;
     const float* bias;
-    i64 in, out, groups, kind;  // kind 0: float32, 1: bfloat16, 2: int8, 3: int4
+    i64 in, out, groups, kind;
 };
 
 struct Layer {
@@ -86,14 +86,16 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
     };
     auto product = [&](const Product& w, const float* from, float* to) {
         int threads = crew(w);
-        if (w.kind == 2)
+        if (w.kind == INT8)
             linear_int8(from, (const int8_t*)w.values, w.scales, w.sums, w.bias, to,
                         room.bytes.data(), scales, n, w.in, w.out, threads);
-        else if (w.kind == 3)
+        else if (w.kind == INT4)
             linear_int4(from, (const uint8_t*)w.values, w.scales, w.bias, to,
                         (int8_t*)room.bytes.data(), scales, n, w.in, w.groups, w.out, threads);
-        else if (w.kind == 1)
+        else if (w.kind == BFLOAT16)
             linear_bf16(from, (const uint16_t*)w.values, w.bias, to, n, w.in, w.out, threads);
+        else if (w.kind == FLOAT16)
+            linear_f16(from, (const Half*)w.values, w.bias, to, n, w.in, w.out, threads);
         else
             linear_f32(from, (const float*)w.values, w.bias, to, n, w.in, w.out, threads);
     };
@@ -101,14 +103,16 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
         if (w.out / 2 % TILE) {  // halves that begin within a tile
             product(w, h, up);
             gate_rows(up, fed, n, inner, all, act);
-        } else if (w.kind == 2)
+        } else if (w.kind == INT8)
             gated_int8(h, (const int8_t*)w.values, w.scales, w.sums, w.bias, fed, room.bytes.data(),
                        scales, n, w.in, inner, crew(w), act);
-        else if (w.kind == 3)
+        else if (w.kind == INT4)
             gated_int4(h, (const uint8_t*)w.values, w.scales, w.bias, fed, (int8_t*)room.bytes.data(),
                        scales, n, w.in, w.groups, inner, crew(w), act);
-        else if (w.kind == 1)
+        else if (w.kind == BFLOAT16)
             gated_linear(h, (const uint16_t*)w.values, w.bias, fed, n, w.in, inner, crew(w), act);
+        else if (w.kind == FLOAT16)
+            gated_linear(h, (const Half*)w.values, w.bias, fed, n, w.in, inner, crew(w), act);
         else
             gated_linear(h, (const float*)w.values, w.bias, fed, n, w.in, inner, crew(w), act);
     };

@@ -34,6 +34,23 @@ static inline float number(uint16_t x) {
     memcpy(&found, &bits, sizeof found);
     return found;
 }
+
+struct __attribute__((may_alias)) Half {  // a float16
+    uint16_t bits;
+};
+static inline v16 load16(const Half* p) {
+#if defined(__AVX512F__)
+    return (v16)_mm512_cvtph_ps((__m256i)*(const h16*)p);
+#else  // its exponent is 112 less, and so subnormal numbers come out right too
+    u16x wide = wide16(*(const h16*)p);
+    v16 size = (v16)((wide & 0x7fff) << 13) * 0x1p112f;
+    return (v16)((u16x)size | (wide & 0x8000) << 16);
+#endif
+}
+static inline float number(const Half& x) {
+    Half some[16] = {x};
+    return load16(some)[0];
+}
 static inline v16 all16(float x) { return x - v16{}; }
 
 // Numbers are written as floats or as the nearest bfloat16; -> what they are now

@@ -40,7 +40,7 @@ SHAPES = [(1, 64, 96), (5, 33, 70), (12, 896, 32), (13, 7, 1), (40, 130, 257)]
 
 
 @pytest.mark.parametrize(("rows", "inner", "out"), SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear(rows: int, inner: int, out: int, dtype: torch.dtype) -> None:
     x, bias = chance(rows, inner), chance(out, seed=1)
     weight = chance(out, inner, seed=2).to(dtype)
@@ -50,8 +50,20 @@ def test_linear(rows: int, inner: int, out: int, dtype: torch.dtype) -> None:
     close(native.linear(x, packed, bias).double(), exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_in_16_bits_is_itself(dtype: torch.dtype) -> None:
+    """And its product with 1 too: subnormal numbers, the largest, and both zeros."""
+    every = torch.arange(1 << 16).to(torch.uint16).view(dtype)
+    weight = every[every.isfinite()].view(-1, 1)
+    for found in (
+        native.lookup(native.pack(weight), torch.arange(len(weight))),
+        native.linear(torch.ones(1, 1), native.pack(weight)).T,
+    ):
+        assert torch.equal(found, weight.float())
+
+
 @pytest.mark.parametrize("inner", [40, 43])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", native.KINDS[:4])
 def test_some_rows_of_a_packed_weight(inner: int, dtype: torch.dtype) -> None:
     weight = (chance(70, inner) * 30).round().clamp(-127, 127).to(dtype)
     scales = chance(70, seed=1) if dtype == torch.int8 else None
@@ -104,7 +116,7 @@ def test_linear_int4_is_exact_in_integers(rows: int, inner: int, out: int, group
     assert torch.equal(native.linear(x, packed, bias).double(), exact)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
 def test_a_row_is_the_same_in_any_company(kind: str) -> None:
     weight, x = chance(100, 260), chance(37, 260, seed=3)
     if kind.startswith("int") and not native.has_int8():

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from kernels.backend import KERNELS
@@ -217,6 +218,39 @@ def test_packed_for_the_cpu(label: str, tmp_path: Path, monkeypatch: pytest.Monk
             assert torch.equal(ours.logits(some), whole[rows.wanted])
         ours.whole = None  # layer by layer, the same functions run
         assert torch.equal(logits(23), whole)
+
+
+@pytest.mark.parametrize(
+    ("label", "dtype"),
+    [
+        *((label, torch.bfloat16) for label in sorted(CASES)),
+        *((label, torch.float16) for label in ("llama", "gpt2", "gemma2")),
+    ],
+)
+def test_weights_kept_in_16_bits_change_nothing(
+    label: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 of 16 bits: what weights made wide give, bit for bit, and transformers' logits."""
+    for kernel in KERNELS.values():
+        monkeypatch.setattr(kernel, "native", kernel.native)
+    make(label, tmp_path).to(dtype).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    kept, wide = (load(tmp_path, dtype=torch.float32, keep=keep) for keep in (True, False))
+    assert kept.embed.weight.dtype == dtype
+    assert wide.embed.weight.dtype == torch.float32
+    prompt, found = torch.arange(2, 25), []
+    for ours in kept, wide:
+        out = ours.get_submodule("layers.0.attention.out")
+        assert out.weight.dtype == ours.embed.weight.dtype
+        try:
+            pack_decoder(ours)
+        except NotHere as why:
+            pytest.skip(f"no native kernels here: {why}")
+        with torch.inference_mode():
+            found.append(ours.logits(ours(prompt, Rows.alone([23]))))
+    assert torch.equal(*found)
+    with torch.no_grad():
+        assert_close(found[0], theirs(prompt[None]).logits[0])
 
 
 def forbid_twins(monkeypatch: pytest.MonkeyPatch) -> None:

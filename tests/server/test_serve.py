@@ -58,9 +58,9 @@ def test_it_says_what_runs(running: Process) -> None:
 
 def test_a_fingerprint_names_the_numbers_that_answers_are_computed_in() -> None:
     """Two servers whose answers may differ do not say that they are the same."""
-    kinds = [("float32", "none", "float32"), ("float32", "int4", "float32")]
-    kinds += [("bfloat16", "none", "bfloat16"), ("float32", "int4", "bfloat16")]
-    names = ("dtype", "quantize", "kv_dtype")
+    kinds = [("float32", "float32", "float32"), ("float32", "int4", "float32")]
+    kinds += [("float32", "bfloat16", "bfloat16"), ("float32", "int4", "bfloat16")]
+    names = ("dtype", "weights", "kv_dtype")
     prints = {_fingerprint(dict(zip(names, kind, strict=True))) for kind in kinds}
     assert len(prints) == len(kinds)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak.starts import BROKEN
+from kernels import native
+from kernels.backend import KERNELS
 from model.checkpoint import CheckpointError
 from model.start import start
 from model.weights import load
@@ -57,3 +59,17 @@ def test_a_context_beyond_what_the_model_was_made_for_is_told(tmp_path: Path) ->
     assert start(tmp_path, pages=8, context=made_for).about["warnings"] == []
     (warning,) = start(tmp_path, pages=8, context=2 * made_for).about["warnings"]
     assert f"made for {made_for} tokens: up to {2 * made_for}" in warning
+
+
+def test_float32_keeps_weights_in_the_16_bits_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where native kernels multiply by them; and pages are float32, as it was asked for."""
+    for kernel in KERNELS.values():
+        monkeypatch.setattr(kernel, "native", kernel.native)
+    family("llama", tmp_path).bfloat16().save_pretrained(tmp_path)
+    ways = {"reference": "float32", "auto": "bfloat16" if native.here() else "float32"}
+    for kernels, kept in ways.items():
+        about = start(tmp_path, device="cpu", dtype="float32", pages=8, kernels=kernels).about
+        assert (about["dtype"], about["kv_dtype"]) == ("float32", "float32")
+        assert about["weights"] == kept
