@@ -4,10 +4,11 @@
 
 The server is the real one: listener, routes, the engine in its process, its scheduler. Only the
 network is replaced: it says anything, a step every few milliseconds. The text of each token is
-the time at which the engine handed it over, as it would to a caller in its own process: so the
-client sees how long it was on its way. CPU time is of the server's front process alone. The reader
-has a core of its own, and the server the others: woken on the front's core, it stood in line behind
-it for half a millisecond a token, which was told as the server's. Ends in one JSON line.
+the time at which the engine handed it over, as it would to a caller in its own process, and then
+the time at which the front had it in its hands: so the client sees how long it was on its way
+(`late`), and how much of that was HTTP's (`http`). CPU time is of the server's front process alone.
+The reader has a core of its own, and the server the others: woken on the front's core, it stood in
+line behind it for half a millisecond a token, told as the server's. Ends in one JSON line.
 """
 
 import argparse
@@ -37,13 +38,15 @@ from server.config import Settings
 from server.engine.admission import Options
 from server.engine.engine import Engine
 from server.engine.pages import Pages
-from server.engine.process import Blueprint, Client
+from server.engine.process import Blueprint, Child, Client
 from server.engine.request import Event
+from server.engine.wire import Heard, ToFront
 from server.listen import bind, configure
 from server.metrics import Metrics
 from server.settle import settle
 
 CONTEXT, VOCABULARY = 1 << 20, 256
+HEARD = "h"  # before a time
 CORES = sorted(os.sched_getaffinity(0))
 
 
@@ -92,6 +95,18 @@ class Stamping(Engine):
         return events
 
 
+class Hearing(Client):
+    """Says when it was heard; what follows is the HTTP layer."""
+
+    def _hear(self, child: Child, message: ToFront) -> None:
+        if isinstance(message, Heard):
+            stamp = f"{HEARD}{time.monotonic():.6f} "
+            for event in message.events:
+                for choice in event.choices:
+                    choice.text += stamp
+        super()._hear(child, message)
+
+
 def build(pause: float, rows: int) -> Engine:
     """The engine process's part."""
     pages = Pages(CONTEXT // 16, 16)
@@ -119,7 +134,7 @@ async def serve(pause: float, rows: int) -> None:
     """The front process: print the port, and serve until it is ended."""
     settings = Settings(log_level="error", shutdown_timeout=1)
     options = {"pause": pause, "rows": rows}
-    client = Client(Blueprint(build="benchmarks.front:build", options=options))
+    client = Hearing(Blueprint(build="benchmarks.front:build", options=options))
     front = Front(settings, client, Metrics("any", "bench"), Keys(None))
     front.served = Served(
         names=("any",),
@@ -142,10 +157,11 @@ async def serve(pause: float, rows: int) -> None:
 
 
 @dataclass
-class Heard:
+class Told:
     tokens: int = 0
     events: int = 0
     late: list[float] = field(default_factory=list)  # seconds on the way, of each event
+    http: list[float] = field(default_factory=list)  # and of these, those after the front had it
 
     def read(self, parts: list[tuple[float, bytes]]) -> None:
         """What one stream brought, and when."""
@@ -155,12 +171,15 @@ class Heard:
             for block in blocks:
                 start = block.find(b'"text":"') + 8
                 stamps = block[start : block.find(b'"', start)].split() if start > 7 else []
-                self.tokens += len(stamps)
-                self.events += len(stamps) > 0
-                self.late += [now - float(stamp) for stamp in stamps[-1:]]
+                made = [stamp for stamp in stamps if not stamp.startswith(HEARD.encode())]
+                self.tokens += len(made)
+                self.events += len(made) > 0
+                if made:
+                    self.late.append(now - float(made[-1]))
+                    self.http.append(now - float(stamps[-1].removeprefix(HEARD.encode())))
 
 
-def listen(port: int, streams: int, tokens: int) -> Heard:
+def listen(port: int, streams: int, tokens: int) -> Told:
     """All streams, read as plainly as can be, and understood afterwards: with a reader that takes
     longer a token than the server (asyncio's, 30 us), it would be the reader that is measured. It
     never sleeps, as over a network no client is woken by the server's core."""
@@ -181,10 +200,10 @@ def listen(port: int, streams: int, tokens: int) -> Heard:
             if not data:
                 ears.unregister(fd)
                 open_ones.pop(fd).close()
-    heard = Heard()
+    told = Told()
     for some in parts.values():
-        heard.read(some)
-    return heard
+        told.read(some)
+    return told
 
 
 def measure(streams: int, pause: float, seconds: float) -> dict[str, Any]:
@@ -198,25 +217,26 @@ def measure(streams: int, pause: float, seconds: float) -> dict[str, Any]:
         listen(port, min(streams, 8), 4)  # warm
         tokens = max(4, int(seconds / max(pause, streams / 20_000)))
         before, began = processes.seconds(child.pid), time.monotonic()
-        heard = listen(port, streams, tokens)
+        told = listen(port, streams, tokens)
         wall, spent = time.monotonic() - began, processes.seconds(child.pid) - before
     finally:
         child.terminate()
         child.wait(10)
         os.sched_setaffinity(0, CORES)
-    late = sorted(heard.late)
+    late = sorted(told.late)
     return {
         "streams": streams,
         "step_ms": pause * 1000,
-        "tokens": heard.tokens,
-        "whole": heard.tokens == streams * tokens,
-        "tokens_per_s": heard.tokens / wall,
-        "tokens_per_cpu_s": heard.tokens / spent,
-        "events_per_cpu_s": heard.events / spent,
+        "tokens": told.tokens,
+        "whole": told.tokens == streams * tokens,
+        "tokens_per_s": told.tokens / wall,
+        "tokens_per_cpu_s": told.tokens / spent,
+        "events_per_cpu_s": told.events / spent,
+        "http_ms": statistics.mean(told.http) * 1000,
         "late_ms": statistics.mean(late) * 1000,
         "late_median_ms": statistics.median(late) * 1000,
         "late_p99_ms": late[int(len(late) * 0.99)] * 1000,
-        "cpu_ms_per_event": spent / heard.events * 1000,
+        "cpu_ms_per_event": spent / told.events * 1000,
     }
 
 
@@ -237,7 +257,7 @@ def main() -> None:
     pauses = dict.fromkeys(asked.streams, asked.step_ms / 1000)
     rows = [measure(streams, pause, asked.seconds) for streams, pause in pauses.items()]
     rows.append(measure(asked.streams[-1], 0.0, asked.seconds))  # as fast as it goes
-    finish("front", rows, asked, goal={"tokens_per_cpu_s": 3000, "late_ms": 1.0})
+    finish("front", rows, asked, goal={"tokens_per_cpu_s": 3000, "http_ms": 1.0})
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ model's weights stay in the processor's cache, which is faster.""",
 (*ratio*: beam over greedy, of time) and against transformers' own search of the same network
 (*times*: how often as fast). *Selection* is what a step's search takes on the host.""",
     "front": """The real server with a network that costs nothing and says, in each token, when the
-engine handed it over: *late* is how long it was on its way to a client that reads it, mean, median
-and 99th percentile. *Cpu* is the front process's. A step of 0 goes as fast as it can.""",
+engine handed it over and when the front had it: *late* is how long it was on its way to a client
+that reads it, mean, median and 99th percentile, and *http* the mean part of it after that. *Cpu* is
+the front process's. A step of 0 goes as fast as it can.""",
     "loading": """A checkpoint of noise in bfloat16, read and loaded in turns in one process from a
 warm page cache. *× reading* is against reading the same bytes into memory that stays; *start* is
 all that a server does before its first step, with the most memory above the weights' own.""",

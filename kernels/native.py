@@ -71,6 +71,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "gelu_tanh_f32": [P] * 2 + [I64, C],
     "best_f32": [P] * 3 + [I64] * 2 + [C],
     "draw_f32": [P] * 5 + [I64] * 2 + [C],
+    "log_softmax_f32": [P] * 2 + [I64] * 2 + [C],
     "top_f32": [P] * 6 + [I64] * 4 + [C],
     "stack_f32": [P] * 4,
 }
@@ -362,6 +363,14 @@ def draw(logits: Tensor, rows: Tensor, bits: Tensor, temperature: Tensor) -> Ten
     found, logits = torch.empty(len(rows), dtype=torch.int64), logits.contiguous()
     inverse, sizes = 1 / temperature[rows], (len(rows), logits.shape[1])
     _call("draw_f32", 64 * sizes[0] * sizes[1], logits, rows, inverse, bits[rows], found, *sizes)
+    return found
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """float32 [n, width]; a row with a NaN has no other scores."""
+    logits = logits.contiguous()
+    found, (rows, width) = torch.empty_like(logits), logits.shape
+    _call("log_softmax_f32", 64 * rows * width, logits, found, rows, width)
     return found
 
 

@@ -67,6 +67,12 @@ def _found(logits: Tensor, ids: Tensor, chosen: Tensor | None, normalise: bool) 
     return scores.gather(1, ids), ids, scores.gather(1, at)[:, 0], rank
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """[m, n]"""
+    here = native.enabled and logits.device.type == "cpu" and logits.dtype == torch.float32
+    return native.log_softmax(logits) if here else logits.log_softmax(-1)
+
+
 @triton.jit
 def _keys(x, id):
     """As `order_keys`."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.penalties import penalise
 from kernels.sampling import branch_key, sample, uniform_bits
-from kernels.topk import top_logprobs
+from kernels.topk import log_softmax, top_logprobs
 from model.batch import Seat
 from model.sampling import packed
 from model.shelf import Shelf
@@ -162,7 +162,7 @@ class Seats:
     ) -> tuple[Tensor, Tensor]:
         """-> log-probabilities [m, width] falling, ids [m, width]. For beams: as in transformers,
         penalties and masks come after the softmax, and nothing is normalised again."""
-        scores = self.adjust(logits.log_softmax(-1), seats, positions, masks)
+        scores = self.adjust(log_softmax(logits), seats, positions, masks)
         return top_logprobs(scores, width, normalise=False)[:2]
 
     def adjust(

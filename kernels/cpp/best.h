@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 #include "threads.h"
@@ -85,6 +86,39 @@ struct Scored {
     i64 id;
 };
 
+static float shift_of(const float* x, i64 width, float top) {  // what a score is above its logarithm
+    double sum = 0;
+    for (i64 block = 0; block < width; block += BLOCK) {
+        v16 part = {};
+        for (i64 i = block; i < std::min(width, block + BLOCK); i += 16) {
+            v16 a = all16(-INFINITY);
+            memcpy(&a, x + i, std::min<i64>(width - i, 16) * sizeof(float));
+            part += exp16(a - top);
+        }
+        sum += total(part);
+    }
+    return top + (float)std::log(sum);
+}
+
+extern "C" void log_softmax_f32(const float* x, float* y, i64 rows, i64 width, int threads) {
+    split(rows, threads, [=](i64 begin, i64 end) {
+        for (i64 r = begin; r < end; r++) {
+            const float* from = x + r * width;
+            v16 tops = all16(-INFINITY);
+            float top = -INFINITY;
+            by16(width, [&](auto v, i64 i) {
+                auto a = v.get(from + i);
+                if constexpr (std::is_same_v<decltype(a), float>)
+                    top = std::max(top, a);
+                else
+                    tops = a > tops ? a : tops;
+            });
+            const float shift = shift_of(from, width, std::max(top, largest(tops)));
+            by16(width, [=](auto v, i64 i) { v.put(y + r * width + i, v.get(from + i) - shift); });
+        }
+    });
+}
+
 static void top_of(const float* x, i64 width, i64 k, i64 chosen, bool normalise, float* best,
                    i64* ids, float* at, i64* rank) {
     std::vector<float> maxima;
@@ -107,17 +141,7 @@ static void top_of(const float* x, i64 width, i64 k, i64 chosen, bool normalise,
         std::nth_element(falling.begin(), falling.begin() + k - 1, falling.end(), std::greater<float>());
         bound = falling[k - 1];
     }
-    double sum = 0;
-    for (i64 block = 0; normalise && block < width; block += BLOCK) {
-        v16 part = {};
-        for (i64 i = block; i < std::min(width, block + BLOCK); i += 16) {
-            v16 a = all16(-INFINITY);
-            memcpy(&a, x + i, std::min<i64>(width - i, 16) * sizeof(float));
-            part += exp16(a - top);
-        }
-        sum += total(part);
-    }
-    float shift = normalise ? top + (float)std::log(sum) : 0;
+    float shift = normalise ? shift_of(x, width, top) : 0;
     for (int j = 0; j < 16; j++)
         if (odd[j]) shift = NAN;
     for (i64 i = 0; k && i < width; i += 64)

@@ -68,26 +68,46 @@ extern "C" void lookup(const void* packed, const float* scales, const i64* at, f
     }
 }
 
+// Two registers of a tile's weights. Those of bfloat16 come as even and odd outputs, which takes no
+// widening, and `ordered` turns what they became back.
+struct Two {
+    v16 a, b;
+};
+template <typename W>
+static inline Two two(const W* w) {
+    return {load16(w), load16(w + 16)};
+}
+static inline Two two(const uint16_t* w) {
+    u16x pairs = *(const u16x*)w;
+    return {(v16)(pairs << 16), (v16)(pairs & 0xffff0000)};
+}
+template <typename W>
+static inline void ordered(const Two& t, float* to, const W*) {
+    *(v16*)to = t.a, *(v16*)(to + 16) = t.b;
+}
+static inline void ordered(const Two& t, float* to, const uint16_t*) {
+    for (int j = 0; j < 16; j++) to[2 * j] = t.a[j], to[2 * j + 1] = t.b[j];
+}
+
 template <int M, typename W>
 static void block(const float* x, const W* w, const float* bias, float* y, i64 in, i64 out, int n) {
     v16 sum[M][2];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) sum[m][0] = sum[m][1] = v16{};
     for (i64 k = 0; k < in; k++, w += TILE) {
-        v16 a = load16(w), b = load16(w + 16);
+        const Two weights = two(w);
         for (int i = 0; i < TILE * (int)sizeof(W); i += 64) __builtin_prefetch((const char*)w + AHEAD + i);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
             v16 s = all16(x[m * in + k]);
-            sum[m][0] += s * a;
-            sum[m][1] += s * b;
+            sum[m][0] += s * weights.a;
+            sum[m][1] += s * weights.b;
         }
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
         float found[TILE];
-        *(v16*)found = sum[m][0];
-        *(v16*)(found + 16) = sum[m][1];
+        ordered({sum[m][0], sum[m][1]}, found, w);
         for (int j = 0; j < n; j++) y[m * out + j] = found[j] + (bias ? bias[j] : 0);
     }
 }

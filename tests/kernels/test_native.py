@@ -326,3 +326,18 @@ def test_top(size: int, normalise: bool) -> None:
     assert values[2].isnan().all()
     assert scores[2].isnan()
     assert not values[[0, 1, 3, 5]].isnan().any() or size == 1
+
+
+@pytest.mark.parametrize("size", [1, 5, 77, 20_000])
+def test_log_softmax(size: int) -> None:
+    """And the same bits as those of the best."""
+    logits = chance(9, size, seed=size) * 8
+    logits[:4, 1::7] = -torch.inf
+    found = native.log_softmax(logits)
+    torch.testing.assert_close(found, logits.double().log_softmax(-1).float(), rtol=1e-6, atol=2e-6)
+    values, ids, _, _ = native.top(logits, size, None, True)
+    assert torch.equal(found.gather(1, ids), values)
+    logits[2, size // 2], logits[3] = torch.nan, -torch.inf
+    found = native.log_softmax(logits)
+    assert found[2:4].isnan().all()
+    assert not found[4:].isnan().any()
