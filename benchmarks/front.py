@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,15 +39,16 @@ from server.config import Settings
 from server.engine.admission import Options
 from server.engine.engine import Engine
 from server.engine.pages import Pages
-from server.engine.process import Blueprint, Child, Client
+from server.engine.process import Blueprint, Client
+from server.engine.registry import Registry
 from server.engine.request import Event
-from server.engine.wire import Heard, ToFront
 from server.listen import bind, configure
 from server.metrics import Metrics
 from server.settle import settle
 
 CONTEXT, VOCABULARY = 1 << 20, 256
 HEARD = "h"  # before a time
+UNREAD = 256  # events, as in the server
 CORES = sorted(os.sched_getaffinity(0))
 
 
@@ -95,16 +97,17 @@ class Stamping(Engine):
         return events
 
 
-class Hearing(Client):
-    """Says when it was heard; what follows is the HTTP layer."""
+class Hearing(Registry):
+    """Says when it got what was heard; what follows is the HTTP layer."""
 
-    def _hear(self, child: Child, message: ToFront) -> None:
-        if isinstance(message, Heard):
-            stamp = f"{HEARD}{time.monotonic():.6f} "
-            for event in message.events:
-                for choice in event.choices:
-                    choice.text += stamp
-        super()._hear(child, message)
+    def deliver(self, events: Iterable[Event]) -> list[str]:
+        return super().deliver(map(partial(_heard, f"{HEARD}{time.monotonic():.6f} "), events))
+
+
+def _heard(stamp: str, event: Event) -> Event:
+    for choice in event.choices:
+        choice.text += stamp
+    return event
 
 
 def build(pause: float, rows: int) -> Engine:
@@ -134,7 +137,8 @@ async def serve(pause: float, rows: int) -> None:
     """The front process: print the port, and serve until it is ended."""
     settings = Settings(log_level="error", shutdown_timeout=1)
     options = {"pause": pause, "rows": rows}
-    client = Hearing(Blueprint(build="benchmarks.front:build", options=options))
+    client = Client(Blueprint(build="benchmarks.front:build", options=options))
+    client._registry = Hearing(UNREAD)
     front = Front(settings, client, Metrics("any", "bench"), Keys(None))
     front.served = Served(
         names=("any",),
