@@ -33,9 +33,24 @@ class NotHere(Exception):
     """Why there are no native kernels, in a sentence."""
 
 
-@cache
 def compiled() -> ctypes.CDLL:
     """Compiles at most once in this user's cache; raises NotHere."""
+    found = _tried()
+    if isinstance(found, NotHere):
+        raise found
+    return found
+
+
+@cache
+def _tried() -> ctypes.CDLL | NotHere:
+    """A build that fails is not tried again in this process."""
+    try:
+        return _built()
+    except NotHere as why:
+        return why
+
+
+def _built() -> ctypes.CDLL:
     if os.environ.get("KVIST_KERNELS") == "reference":
         raise NotHere("KVIST_KERNELS=reference")
     if sys.platform != "linux":

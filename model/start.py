@@ -1,6 +1,7 @@
 """From a folder to a runner that is ready: weights, kernels, threads, and as many pages as fit."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from model import device as machine
 from model.cache import FLOATS, FORMATS, PAGE, Cache
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.manifest import read_manifest
 from model.pack import pack_decoder
 from model.quantize import Quantize, count
 from model.runner import Runner
@@ -61,9 +63,10 @@ def start(
     torch.set_num_threads(1)  # weights come in small pieces: two threads took 90 instead of 11 s
     where = machine.pick_device(device)
     native_wanted = where.type == "cpu" and kernels != "reference"
+    stored = machine.pick_dtype(dtype, where, read_manifest(folder).dtype)
     decoder = load(
         folder,
-        dtype=dtype,
+        dtype=stored,
         device=where,
         quantization=quantize,
         head=native_wanted and quantize in ("int8", "int4") and native.has_int8(),
@@ -72,14 +75,14 @@ def start(
     )
     config = decoder.config
     context = context or config.context
-    stored = next(iter(decoder.parameters())).dtype
     parameters = count(decoder)
-    weights = _plain(stored) if quantize == "none" else quantize
+    weights = _most(decoder) if quantize == "none" else quantize
     ways = _enable_native(decoder, threads) if native_wanted else ""
-    rounded = quantize in ("int8", "int4") or (stored == torch.bfloat16 and dtype != "float32")
+    rounded = quantize in ("int8", "int4") or stored == torch.bfloat16
     in_native = native_wanted and not ways
     if in_native:
         stored = torch.float32  # what native kernels compute in
+        weights = "float32" if config.experts else weights  # experts are torch's
     if not native_wanted or ways or config.experts or _in_torch(where, quantize, kv_dtype):
         torch.set_num_threads(threads)
     # Else what is left to torch is small: threads that meet after each of its operations would
@@ -142,6 +145,14 @@ def _kept(wish: str, stored: torch.dtype, brief: bool, rounded: bool) -> torch.d
             "channels, and pages of a multiple of 16 tokens: use auto, int8 or fp8"
         )
     return kept
+
+
+def _most(decoder: Decoder) -> str:
+    """The format of most weights: a checkpoint may keep some in more bits."""
+    count: Counter[torch.dtype] = Counter()
+    for weight in decoder.parameters():
+        count[weight.dtype] += weight.numel()
+    return _plain(count.most_common(1)[0][0])
 
 
 def _plain(dtype: torch.dtype) -> str:

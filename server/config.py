@@ -119,7 +119,9 @@ class Settings:
     )
     chat_template: Path | None = option(None, "model", "a Jinja file, instead of the model's own")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "model", "precision of products and pages; a CPU keeps 16-bit weights as they are"
+        "auto",
+        "model",
+        "precision of products; on a CPU, float32 leaves 16-bit weights as they are",
     )
     quantize: Literal["none", "int8", "int4", "fp8"] = option(
         "none", "model", "store the weights in fewer bits", "--quantization"

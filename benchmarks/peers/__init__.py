@@ -39,9 +39,9 @@ PEERS = {
         "llama-cpp-python",
         {
             "float32": ("F32", "BF16"),
-            "int8": ("Q8_0", "Q4_0"),
+            "int8": ("Q8_0", "Q4_0"),  # its fastest, in two
             "int4": ("Q4_0",),
-        },  # its fastest, in two
+        },
     ),
     "openvino": Entry("openvino-genai", ALL),
     "onnxruntime": Entry("onnxruntime-genai", BOTH),

@@ -117,9 +117,7 @@ def least(work: Work, engine: str, form: str, shape: dict[str, Any], ceiling: Li
     read = (BYTES[kept] * layers + HEAD[kept] * head) / ceiling.read
     seen = work.prompt + work.new / 2
     width = shape["hidden"] // shape["heads"] * shape["kv_heads"]
-    number = (
-        4 if form in ("float32", "F32") else 2
-    )  # bytes; some keep less, which makes little of a step
+    number = 4 if form in ("float32", "F32") else 2  # bytes; some keep less: little of a step
     pages = number * 2 * shape["layers"] * width * seen / ceiling.read  # of one row
     rows = work.streams * work.beams
     prompt = max(read, 2 * work.streams * (layers * work.prompt + head) / rate)

@@ -55,7 +55,8 @@ class Front:
             raise Draining("The server is stopping; ask again elsewhere or later.")
         health = self.engine.health()
         if self.served is None or not health.ready:
-            raise EngineDown(f"The model cannot be asked now: {health.reason or health.state}.")
+            why = (health.reason or health.state).rstrip(".")
+            raise EngineDown(f"The model cannot be asked now: {why}.")
         return self.served
 
     def parse(

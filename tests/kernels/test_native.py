@@ -1,6 +1,7 @@
 """The CPU's own kernels against the twins, and bit for bit against themselves in other company."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import pytest
@@ -341,3 +342,19 @@ def test_log_softmax(size: int) -> None:
     found = native.log_softmax(logits)
     assert found[2:4].isnan().all()
     assert not found[4:].isnan().any()
+
+
+def test_a_build_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def fails() -> None:
+        tries.append("c++")
+        raise native.NotHere("no compiler")
+
+    monkeypatch.setattr(native, "_tried", cache(native._tried.__wrapped__))
+    monkeypatch.setattr(native, "_built", fails)
+    for _ in range(2):
+        with pytest.raises(native.NotHere, match="no compiler"):
+            native.compiled()
+    assert not native.here()
+    assert tries == ["c++"]

@@ -517,6 +517,7 @@ def test_health(rig: Rig) -> None:
         status, _, body = call(rig, "/v1/completions", COMPLETION)
         assert status == 503
         check_error(body, "engine_down")
+        assert body["error"]["message"] == "The model cannot be asked now: It died."
     rig.engine.state, rig.engine.age = "ready", 0
 
 

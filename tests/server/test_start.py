@@ -7,6 +7,8 @@ engine as the error that ends the start.
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 from benchmarks.soak.starts import BROKEN
 from kernels import native
@@ -59,6 +61,26 @@ def test_a_context_beyond_what_the_model_was_made_for_is_told(tmp_path: Path) ->
     assert start(tmp_path, pages=8, context=made_for).about["warnings"] == []
     (warning,) = start(tmp_path, pages=8, context=2 * made_for).about["warnings"]
     assert f"made for {made_for} tokens: up to {2 * made_for}" in warning
+
+
+def test_pages_are_of_the_precision_that_was_picked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest weight picks it, whatever the embedding is kept in."""
+    for kernel in KERNELS.values():
+        monkeypatch.setattr(kernel, "native", kernel.native)
+    monkeypatch.setattr("model.device.has_bfloat16", lambda: True)
+    family("llama", tmp_path, head_dim=16)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    largest = max(tensors, key=lambda name: tensors[name].numel())
+    assert "embed" not in largest
+    brief = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    for picked in (torch.float32, torch.bfloat16):
+        brief[largest] = tensors[largest].to(picked)
+        safetensors.torch.save_file(brief, path, {"format": "pt"})
+        about = start(tmp_path, device="cpu", pages=8).about
+        assert about["kv_dtype"] == str(picked).removeprefix("torch.")
 
 
 def test_float32_keeps_weights_in_the_16_bits_of_the_checkpoint(
