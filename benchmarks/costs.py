@@ -32,7 +32,7 @@ class Costs:
         return cls(
             layers=about["parameters"] - head * (1 if config.tied else 2),
             head=head,
-            width=form.bits / 8 if form else ROOM[about["dtype"]],
+            width=form.bits / 8 if form else ROOM[about["weights"]],
             kept=Cache.page_bytes(config, 1, pages),
             kind=about["quantize"] if form else about["dtype"],
         )

@@ -78,19 +78,19 @@ class About:
             context=engine.info["context"],
             seats=engine.options.seats,
             step_tokens=engine.options.budget,
-            facts={
-                name: engine.info[name] for name in ("model", "parameters", "dtype", "quantize")
-            },
+            facts={name: engine.info[name] for name in FACTS},
         )
 
     def __str__(self) -> str:
         costs, facts = self.costs, self.facts
         count, weights = facts["parameters"] / 1e6, costs.width * (costs.layers + costs.head) / 1e6
-        form = facts["dtype"] if facts["quantize"] == "none" else facts["quantize"]
         return (
-            f"Model {facts['model']}: {count:,.1f} million parameters in {form}; a step reads "
-            f"{weights:,.0f} MB of them, and {costs.kept:,} bytes for each token of context."
+            f"Model {facts['model']}: {count:,.1f} million parameters in {facts['weights']}; a "
+            f"step reads {weights:,.0f} MB of them, and {costs.kept:,} bytes for each token of context."
         )
+
+
+FACTS = "model", "parameters", "dtype", "weights", "quantize"
 
 
 def add_flags(parser: ArgumentParser) -> None:
