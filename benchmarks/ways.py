@@ -86,7 +86,8 @@ class About:
         count, weights = facts["parameters"] / 1e6, costs.width * (costs.layers + costs.head) / 1e6
         return (
             f"Model {facts['model']}: {count:,.1f} million parameters in {facts['weights']}; a "
-            f"step reads {weights:,.0f} MB of them, and {costs.kept:,} bytes for each token of context."
+            f"step reads {weights:,.0f} MB of them, and {costs.kept:,} bytes for each token of "
+            "context."
         )
 
 
