@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import native
+from kernels import library, native
 from kernels.native import Packed
 
 P, I64, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -127,7 +127,7 @@ class Stack:
         sizes = len(x), len(lengths), table.shape[1], longest, wants
         step = _Step(*map(_address, where), *sizes)
         self.stack.threads = native.threads()
-        native.compiled().stack_f32(
+        library.compiled().stack_f32(
             ctypes.byref(self.stack), ctypes.byref(step), x.data_ptr(), found.data_ptr()
         )
         return found

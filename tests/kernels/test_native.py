@@ -12,13 +12,13 @@ import kernels.activation
 import kernels.norm
 import kernels.pages
 import kernels.topk
-from kernels import native
+from kernels import library, native
 from kernels.attention import attention_reference
 from kernels.linear import quantize_int4
 
 try:
-    native.compiled()
-except native.NotHere as why:
+    library.compiled()
+except library.NotHere as why:
     pytest.skip(f"no native kernels here: {why}", allow_module_level=True)
 
 
@@ -349,12 +349,12 @@ def test_a_build_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) 
 
     def fails() -> None:
         tries.append("c++")
-        raise native.NotHere("no compiler")
+        raise library.NotHere("no compiler")
 
-    monkeypatch.setattr(native, "_tried", cache(native._tried.__wrapped__))
-    monkeypatch.setattr(native, "_built", fails)
+    monkeypatch.setattr(library, "_tried", cache(library._tried.__wrapped__))
+    monkeypatch.setattr(library, "_built", fails)
     for _ in range(2):
-        with pytest.raises(native.NotHere, match="no compiler"):
-            native.compiled()
-    assert not native.here()
+        with pytest.raises(library.NotHere, match="no compiler"):
+            library.compiled()
+    assert not library.here()
     assert tries == ["c++"]
