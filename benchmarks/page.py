@@ -55,8 +55,10 @@ the front process's. A step of 0 goes as fast as it can.""",
 warm page cache. *× reading* is against reading the same bytes into memory that stays; *start* is
 all that a server does before its first step, with the most memory above the weights' own.""",
     "soak": """What the whole server promises, each by a load of its own; *met*: the number that was
-promised is reached. *G3*: 500 clients a second leave after a moment; others' 99th percentile is
-told over theirs beside as many who get as many tokens and stay (which judges), and alone.""",
+promised is reached. *G3*: 500 clients a second hang up, *hasty* ones when their answer begins,
+*leavers* at any moment within 0.2 s. Others' 99th percentile beside hasty ones is judged by theirs
+alone. Leavers are fifty streams at any time, a load whoever leaves: beside them it is judged by
+theirs beside as many who get as many tokens and stay, and told over theirs alone.""",
     "latency": """Rows that ask at once. *First* is the wait for the first token, all prompts before
 it included; *next* the time from token to token while every row decodes: percentiles over requests
 and tokens. *Of bandwidth* is what a step reads (weights, keys and values), *of products* what the

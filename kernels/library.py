@@ -67,6 +67,7 @@ def here() -> bool:
 
 P, I64, F32, C = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 SIGNATURES: dict[str, list[Any]] = {
+    "use_threads": [C],
     "pack_4": [P] * 3 + [I64] * 2 + [C],
     "pack_2": [P] * 3 + [I64] * 2 + [C],
     "lookup": [P] * 4 + [I64] * 3,

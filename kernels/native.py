@@ -17,25 +17,18 @@ from kernels.library import compiled, here
 TILE = 32  # outputs of a tile, as in products.h
 GRAIN = 2 << 20  # multiplications worth another thread
 READING = 16  # fewer rows than these take as long, since the weights must be read anyway
-
-
-_threads = 1
+EVERYBODY = 1 << 10  # as in threads.h
 
 
 def use_threads(count: int) -> None:
     """How many these kernels may take; torch's own operations are told by torch."""
-    global _threads
-    _threads = count
-
-
-def threads() -> int:
-    return _threads
+    compiled().use_threads(count)
 
 
 def _call(name: str, work: int, *args: Tensor | float | None) -> None:
-    """A function of the library: tensors go as addresses, and threads come last."""
+    """A function of the library: tensors go as addresses, and how many threads it is worth last."""
     plain = [arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args]
-    getattr(compiled(), name)(*plain, min(_threads, 1 + work // GRAIN))
+    getattr(compiled(), name)(*plain, min(EVERYBODY, 1 + work // GRAIN))
 
 
 # ── products ──────────────────────────────────────────────────────────────────────────────────

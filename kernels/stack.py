@@ -41,7 +41,7 @@ class _Stack(ctypes.Structure):
         *((name, P) for name in ("layers", "slopes", "norm", "norm_bias")),
         *((name, I64) for name in ("count", "hidden", "heads", "kv_heads", "dim", "page")),
         *((name, I64) for name in ("by_position", "by_channel", "bytes")),
-        *((name, I64) for name in ("rms", "gated", "gelu", "threads", "grain", "reading")),
+        *((name, I64) for name in ("rms", "gated", "gelu", "grain", "reading")),
         *((name, F32) for name in ("eps", "scale", "softcap")),
     )
 
@@ -126,7 +126,6 @@ class Stack:
         wants = len(x) if wanted is None else len(wanted)
         sizes = len(x), len(lengths), table.shape[1], longest, wants
         step = _Step(*map(_address, where), *sizes)
-        self.stack.threads = native.threads()
         library.compiled().stack_f32(
             ctypes.byref(self.stack), ctypes.byref(step), x.data_ptr(), found.data_ptr()
         )

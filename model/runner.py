@@ -61,9 +61,13 @@ class Runner:
         tokens = self._tokens(batch, owners)
         self.seats.feed(owners, tokens, positions)
         hidden = self.decoder(tokens, rows, self.cache)
-        found = self._sample(batch, hidden, positions) | self._score(batch, hidden)
+        ends = batch.starts[1:] - 1
+        last = self._at(hidden, ends)
+        same = np.array_equal(batch.sample_at, ends)  # as always but for drafts, beams and chunks
+        drawn = last if same else self._at(hidden, batch.sample_at)
+        found = self._sample(batch, drawn, positions) | self._score(batch, hidden)
         found |= self._beams(batch, hidden, positions)
-        found["bad"] = self._at(hidden, batch.starts[1:] - 1).isnan().any(-1)
+        found["bad"] = last.isnan().any(-1)
         return self._down(batch, found)
 
     def _replay(self, graphs: Graphs, batch: Batch) -> dict[str, Tensor]:
@@ -119,13 +123,14 @@ class Runner:
     def _at(self, hidden: Tensor, at: Ints) -> Tensor:
         """Some rows, maybe several times. All in their order, as when everyone decodes, are not
         copied."""
-        whole = np.array_equal(at, np.arange(len(hidden)))
+        whole = len(at) == len(hidden) and np.array_equal(at, np.arange(len(hidden)))
         return hidden if whole else hidden[self._up(at).long()]
 
     def _sample(self, batch: Batch, hidden: Tensor, positions: Ints) -> dict[str, Tensor]:
+        """hidden [len(sample_at), hidden]"""
         if not len(batch.sample_at):
             return {}
-        logits = self.decoder.logits(self._at(hidden, batch.sample_at))
+        logits = self.decoder.logits(hidden)
         at = positions[batch.sample_at] + 1
         masks = self._masks(batch, batch.sample_at)
         tokens = self.seats.sample(logits, batch.sample_seat, at, masks)

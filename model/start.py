@@ -124,8 +124,8 @@ def start(
 
 def _enable_native(decoder: Decoder, threads: int) -> str:
     """Why not; empty when it is done."""
-    native.use_threads(threads)
     try:
+        native.use_threads(threads)
         pack_decoder(decoder)
     except library.NotHere as why:
         return str(why)

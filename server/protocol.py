@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from server.api.shapes import encode
 from server.config import Limits
 from server.errors import BadMessage, Busy, HeadersTooLarge, KvistError, TooSlow, UrlTooLong
-from server.pipe import Pipe
+from server.pipe import Pipe, Together
 
 WAITING = 16 << 10  # bytes that wait here for the kernel to take them; then an answer pauses
 PIECE = 256 << 10  # the most that one read brings: a head's end may lie anywhere in it
@@ -137,6 +137,8 @@ class Guarded(HttpToolsProtocol):
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if cycle.scope["method"] != "HEAD":  # which has a head alone
+            cycle.transport = Together(self.transport)  # type: ignore[assignment]
         old = cycle.scope["http_version"] != "1.1"
         super()._start_asgi_task(cycle, _unframed(cycle, app) if old else app)
 

@@ -1,6 +1,7 @@
-"""A crowd of streaming clients: `… -m benchmarks.soak.crowd leavers|stayers PORT SECONDS RATE …`
+"""A crowd of streaming clients: `… -m benchmarks.soak.crowd KIND PORT SECONDS RATE …`
 
-    leavers   so many newcomers a second, each of whom hangs up at any moment of its own
+    hasty     so many newcomers a second, each of whom hangs up when its answer begins
+    leavers   as many, each of whom hangs up at any moment of its own
     stayers   as many, who ask for no more than a leaver gets, and stay until they have it
 
 The kernel keeps what a client is sent until it leaves, or all is there. So a client costs 0.2 ms,
@@ -16,12 +17,14 @@ import selectors
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count, repeat
 
 from benchmarks.served import HEAD, status
 
 PATIENCE = 30.0  # seconds
+END = 1 << 20  # bytes, more than any answer has
 MOST = 200  # tokens, far more than a leaver stays for
 IDS = re.compile(rb'"token_ids":\[([\d,]+)')
 
@@ -42,6 +45,11 @@ class Crowd:
         self.failed += bool(data) and (status(data) != 200 or b'data: {"error"' in data)
 
 
+def hasty(port: int, seconds: float, rate: float) -> Crowd:
+    """They come at even distances."""
+    return _woken(port, seconds, rate, repeat(message(MOST)), 1)
+
+
 def leavers(port: int, seconds: float, rate: float, longest: float) -> Crowd:
     """They come at even distances, and stay from nothing to `longest` seconds."""
     rng, crowd, here = random.Random(1), Crowd(), dict[int, socket.socket]()
@@ -55,26 +63,31 @@ def leavers(port: int, seconds: float, rate: float, longest: float) -> Crowd:
         if leaving:
             crowd.goes(here.pop(number))
         else:
-            here[number] = _come(port, raw)
+            here[number] = _come(port, raw, END)
     return crowd
 
 
 def stayers(port: int, seconds: float, rate: float, tokens: float) -> Crowd:
     """They come at even distances, and ask for anything from one token to twice so many."""
-    rng, crowd, began = random.Random(1), Crowd(), time.monotonic()
+    rng, most = random.Random(1), max(1, round(2 * tokens) - 1)
+    return _woken(port, seconds, rate, (message(rng.randint(1, most)) for _ in count()), END)
+
+
+def _woken(port: int, seconds: float, rate: float, asked: Iterator[bytes], enough: int) -> Crowd:
+    """Each goes when so many bytes are there for it, or its answer is over."""
+    crowd, began = Crowd(), time.monotonic()
     with selectors.DefaultSelector() as here:
         for number in range(round(rate * seconds)):
             while (left := began + number / rate - time.monotonic()) > 0:
                 _goodbyes(here, crowd, left)
-            asked = message(rng.randint(1, max(1, round(2 * tokens) - 1)))
-            here.register(_come(port, asked), selectors.EVENT_READ)
+            here.register(_come(port, next(asked), enough), selectors.EVENT_READ)
         while here.get_map():
             _goodbyes(here, crowd, PATIENCE)
     return crowd
 
 
 def _goodbyes(here: selectors.BaseSelector, crowd: Crowd, seconds: float) -> None:
-    """Let those go who have it all."""
+    """Let those go who have what they came for."""
     for key, _ in here.select(seconds):
         one = key.fileobj
         assert isinstance(one, socket.socket)
@@ -88,9 +101,9 @@ def message(tokens: int) -> bytes:
     return f"{HEAD}content-length: {len(raw)}\r\nconnection: close\r\n\r\n".encode() + raw
 
 
-def _come(port: int, raw: bytes) -> socket.socket:
+def _come(port: int, raw: bytes, enough: int) -> socket.socket:
     one = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
-    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1 << 20)  # wakes us at the end alone
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
     one.sendall(raw)
     one.setblocking(False)
     return one
@@ -108,7 +121,7 @@ def _got(one: socket.socket) -> bytes:
 
 
 async def crowd(how: Callable[..., Crowd], *numbers: float) -> Crowd:
-    """Leavers or stayers, from another process."""
+    """One of these, from another process."""
     command = [sys.executable, "-m", "benchmarks.soak.crowd", how.__name__, *map(str, numbers)]
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     told, _ = await process.communicate()
@@ -116,8 +129,9 @@ async def crowd(how: Callable[..., Crowd], *numbers: float) -> Crowd:
 
 
 def main(how: str, port: str, *numbers: str) -> None:
-    chosen: dict[str, Callable[..., Crowd]] = {"leavers": leavers, "stayers": stayers}
-    print(json.dumps(asdict(chosen[how](int(port), *map(float, numbers)))))
+    kinds: dict[str, Callable[..., Crowd]] = {}
+    kinds |= {kind.__name__: kind for kind in (hasty, leavers, stayers)}
+    print(json.dumps(asdict(kinds[how](int(port), *map(float, numbers)))))
 
 
 if __name__ == "__main__":

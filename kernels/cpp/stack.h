@@ -38,7 +38,7 @@ struct Stack {
     const float *slopes, *norm, *norm_bias;  // the norms are those after the last layer
     i64 count, hidden, heads, kv_heads, dim, page, by_position, by_channel;
     i64 bytes;  // of a number in pages: 4 for float32, 2 for bfloat16
-    i64 rms, gated, gelu, threads, grain, reading;
+    i64 rms, gated, gelu, grain, reading;
     float eps, scale, softcap;
 };
 
@@ -79,13 +79,13 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
     part[0] = room.floats.data();
     for (int i = 1; i < 6; i++) part[i] = part[i - 1] + sizes[i - 1];
     float *h = part[0], *qkv = part[1], *query = part[2], *up = part[3], *fed = part[4], *scales = part[5];
-    const int all = (int)a.threads;
+    const int all = EVERYBODY;
 
-    auto crew = [&](const Product& w) {
+    auto worth = [&](const Product& w) {
         return (int)std::min<i64>(all, 1 + std::max(n, a.reading) * w.in * w.out / a.grain);
     };
     auto product = [&](const Product& w, const float* from, float* to) {
-        int threads = crew(w);
+        const int threads = worth(w);
         if (w.kind == INT8)
             linear_int8(from, (const int8_t*)w.values, w.scales, w.sums, w.bias, to,
                         room.bytes.data(), scales, n, w.in, w.out, threads);
@@ -105,16 +105,16 @@ extern "C" void stack_f32(const Stack* stack, const Step* step, float* x, float*
             gate_rows(up, fed, n, inner, all, act);
         } else if (w.kind == INT8)
             gated_int8(h, (const int8_t*)w.values, w.scales, w.sums, w.bias, fed, room.bytes.data(),
-                       scales, n, w.in, inner, crew(w), act);
+                       scales, n, w.in, inner, worth(w), act);
         else if (w.kind == INT4)
             gated_int4(h, (const uint8_t*)w.values, w.scales, w.bias, fed, (int8_t*)room.bytes.data(),
-                       scales, n, w.in, w.groups, inner, crew(w), act);
+                       scales, n, w.in, w.groups, inner, worth(w), act);
         else if (w.kind == BFLOAT16)
-            gated_linear(h, (const uint16_t*)w.values, w.bias, fed, n, w.in, inner, crew(w), act);
+            gated_linear(h, (const uint16_t*)w.values, w.bias, fed, n, w.in, inner, worth(w), act);
         else if (w.kind == FLOAT16)
-            gated_linear(h, (const Half*)w.values, w.bias, fed, n, w.in, inner, crew(w), act);
+            gated_linear(h, (const Half*)w.values, w.bias, fed, n, w.in, inner, worth(w), act);
         else
-            gated_linear(h, (const float*)w.values, w.bias, fed, n, w.in, inner, crew(w), act);
+            gated_linear(h, (const float*)w.values, w.bias, fed, n, w.in, inner, worth(w), act);
     };
     auto renorm = [&](const float* weight) {
         if (weight) norm_f32(added, nullptr, weight, nullptr, added, nullptr, n, a.hidden, a.eps, 1, all);

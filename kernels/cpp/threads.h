@@ -13,9 +13,19 @@
 #include "vectors.h"
 
 static const i64 SMALL = 1 << 15;  // fewer numbers than these are not worth a second thread
+static const int EVERYBODY = 1 << 10;
 
 // A job is cut into chunks, which whoever is free takes. The caller takes them too, and waits for
 // nobody who has not begun: on a busy machine a thread's turn may come many milliseconds late.
+//
+// A helper that comes late with what it has begun lost its core to somebody who wanted it too: in a
+// server, to the process that speaks with the clients, which then was kept waiting as well. So for
+// some jobs only those are shared that are worth several helpers; twice as many when it is late again.
+
+typedef std::chrono::steady_clock Clock;
+static const auto LATE = std::chrono::microseconds(100);
+static const int WARY = 4;  // so many times the work, then, for each helper
+static const int JOBS = 200, MOST_JOBS = 6400;
 
 struct Pool {
     std::atomic<uint64_t> ticket{0};  // job's number << 32 | chunks not taken yet
@@ -26,7 +36,8 @@ struct Pool {
     uint32_t chunks = 0;
     std::mutex caller, bed;
     std::condition_variable alarm;
-    int workers = 0;
+    int workers = 0, most = 1;  // most: threads that may be used, the caller's included
+    int wary = 0, spell = 0, calm = 0;  // jobs: still to be wary for, of the last spell, and since it
 
     bool left() { return (uint32_t)ticket.load(); }
 
@@ -43,8 +54,8 @@ struct Pool {
 
     void work() {  // awake for a while after a job, since within a step the next one is near
         for (;;) {
-            auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
-            while (!left() && std::chrono::steady_clock::now() < until) pause();
+            auto until = Clock::now() + std::chrono::microseconds(100);
+            while (!left() && Clock::now() < until) pause();
             if (!left()) {
                 std::unique_lock<std::mutex> lying(bed);
                 asleep++;
@@ -63,8 +74,23 @@ struct Pool {
             std::lock_guard<std::mutex> lying(bed);
             alarm.notify_all();
         }
-        while (take()) {}
+        const auto began = Clock::now();
+        i64 own = 1;
+        while (take()) own++;
+        const auto ended = Clock::now();
         for (int i = 0; done < count; i++) i < 1000 ? pause() : (void)sched_yield();
+        const auto waited = Clock::now() - ended;
+        if (waited > LATE && waited * own > 2 * (ended - began))
+            wary = spell = std::min(MOST_JOBS, std::max(JOBS, 2 * spell));
+    }
+
+    int crew(int worth) {  // of a job that is worth so many threads
+        if (worth > 1 && wary > 0) {
+            worth /= WARY;
+            wary--, calm = 0;
+        } else if (worth > 1 && ++calm > spell)
+            spell = calm = 0;
+        return std::min(worth, most);
     }
 
     static void pause() {
@@ -79,12 +105,17 @@ inline Pool& pool() {  // one for all units
     return *one;
 }
 
-// f(first, last) over parts of 0 … count. Calls from two threads at once: one works alone.
+extern "C" __attribute__((used)) inline void use_threads(int most) { pool().most = most; }
+
+// f(first, last) over parts of 0 … count, which together are worth so many threads. Calls from two
+// threads at once: one works alone.
 template <typename F>
-static void split(i64 count, int threads, F f) {
+static void split(i64 count, int worth, F f) {
+    if (worth < 2 || count < 2) return f(0, count);
+    std::unique_lock<std::mutex> mine(pool().caller, std::try_to_lock);
+    const int threads = mine ? pool().crew(worth) : 1;
+    if (threads < 2) return f(0, count);
     i64 parts = std::min<i64>(count, threads * 6);
-    std::unique_lock<std::mutex> mine(pool().caller, std::defer_lock);
-    if (threads < 2 || parts < 2 || !mine.try_lock()) return f(0, count);
     auto part = [&](i64 i) { f(count * i / parts, count * (i + 1) / parts); };
     pool().share((uint32_t)parts, threads,
                  [](const void* with, i64 i) { (*(const decltype(part)*)with)(i); }, &part);

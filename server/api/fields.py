@@ -171,9 +171,9 @@ Unknown = Callable[[str, str, type[BaseModel]], None]
 
 def _known(kind: type[BaseModel], body: dict[str, Any], path: str, unknown: Unknown) -> Any:
     """The body without what no field is for, here and in the objects inside."""
-    made = {}
+    made, fields = {}, kind.model_fields  # which is looked up anew each time
     for name, value in body.items():
-        field = kind.model_fields.get(name)
+        field = fields.get(name)
         if field is None:
             unknown(name, path + name, kind)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.soak.ask import ask, row
-from benchmarks.soak.crowd import crowd, leavers, stayers
+from benchmarks.soak.crowd import crowd, hasty, leavers, stayers
 from benchmarks.soak.health import healthy
 from benchmarks.soak.keys import application, bypasses, routes
 from benchmarks.soak.leak import slopes
@@ -64,6 +64,9 @@ def test_a_crowd_leaves_stays_or_is_failed() -> None:
         left = asyncio.run(crowd(leavers, rig.port, 0.5, 40, 0.2))
         assert (left.clients, left.failed) == (20, 0)
         assert left.tokens < 20 * 200
+        gone = hasty(rig.port, 0.5, 40)
+        assert (gone.clients, gone.failed) == (20, 0)
+        assert 20 <= gone.tokens < 20 * 5
         rig.engine.delay, rig.engine.fail_at = 0.0, 2
         assert stayers(rig.port, 0.1, 30, 9).failed == 3
     with pytest.raises(ConnectionRefusedError):

@@ -1,5 +1,8 @@
 """The CPU's own kernels against the twins, and bit for bit against themselves in other company."""
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -17,7 +20,7 @@ from kernels.attention import attention_reference
 from kernels.linear import quantize_int4
 
 try:
-    library.compiled()
+    BUILT = library.compiled()
 except library.NotHere as why:
     pytest.skip(f"no native kernels here: {why}", allow_module_level=True)
 
@@ -31,10 +34,12 @@ def chance(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.fixture(autouse=True, params=[1, 3])
-def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Alone, and with others, however small the work."""
     monkeypatch.setattr(native, "GRAIN", 1)
-    monkeypatch.setattr(native, "_threads", request.param)
+    BUILT.use_threads(request.param)
+    yield
+    BUILT.use_threads(1)
 
 
 SHAPES = [(1, 64, 96), (5, 33, 70), (12, 896, 32), (13, 7, 1), (40, 130, 257)]
@@ -142,6 +147,22 @@ def test_callers_on_many_threads() -> None:
     with ThreadPoolExecutor(4) as crowd:
         found = list(crowd.map(lambda x: native.linear(x, packed), inputs))
     assert all(map(torch.equal, found, expected))
+
+
+def test_helpers_that_come_late() -> None:
+    """More threads than cores, and others who want these: some helper loses its core in mid-work,
+    after which fewer are asked for a while. Everyone gets the same."""
+    packed, x = native.pack(chance(2000, 700)), chance(20, 700, seed=1)
+    BUILT.use_threads(1)
+    alone = native.linear(x, packed)
+    BUILT.use_threads(16)
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        assert all(torch.equal(native.linear(x, packed), alone) for _ in range(1000))
+    finally:
+        for one in spinning:
+            one.kill()
+            one.wait()
 
 
 def paged(

@@ -24,6 +24,7 @@ from server.api.stream import Stream
 from server.api.turns import MOST
 from server.config import Settings
 from server.engine.request import Choice, Event
+from server.pipe import Together
 from server.protocol import Guarded
 from tests.server.fakes import FakeEngine
 from tests.server.rig import Rig, front, read_all, running
@@ -86,6 +87,66 @@ def test_through_asgi_alone_the_same_is_said(rig: Rig, monkeypatch: pytest.Monke
     assert said(ask_all(rig, WHOLE)) == offered
     assert len(offered[0]) == 4
     assert offered[1] == b"[DONE]"
+
+
+class Wire(asyncio.Transport):
+    """Keeps what is written to it, write by write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[bytes] = []
+
+    def write(self, data: Any) -> None:
+        self.sent.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.sent[-1:] == [b"closed"]
+
+    def close(self) -> None:
+        self.sent.append(b"closed")
+
+
+def test_a_head_goes_with_the_first_bytes() -> None:
+    wire = Wire()
+    answer = Together(wire)
+    for data in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"5", b"6"):
+        answer.write(data)
+    answer.close()
+    assert wire.sent[1:] == [b"HTTP/1.1 200 OK\r\n\r\n5", b"6", b"closed"]
+    broken = Together(wire)
+    broken.write(b"HTTP/1.1 500 \r\n\r\n")
+    broken.close()
+    assert wire.sent[-2:] == [b"HTTP/1.1 500 \r\n\r\n", b"closed"]
+    assert broken.is_closing()
+
+
+def test_one_write_begins_an_answer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream's, a plain one's and a refusal's."""
+    wires: list[Wire] = []
+
+    def recording(transport: asyncio.Transport) -> Together:
+        wires.append(Wire())
+        made = Together(wires[-1])
+        put = wires[-1].write
+
+        def write(data: Any) -> None:
+            put(data)
+            transport.write(data)
+
+        monkeypatch.setattr(wires[-1], "write", write)
+        monkeypatch.setattr(wires[-1], "close", transport.close)
+        return made
+
+    monkeypatch.setattr(server.protocol, "Together", recording)
+    for body in (WHOLE | {"stream": True}, WHOLE | {"stream": False}, {"prompt": 7}):
+        raw = json.dumps(body).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        with rig.connect() as one:
+            one.sendall(head + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(raw) + raw)
+            read_all(one)
+        begin = wires[-1].sent[0]
+        assert begin.startswith(b"HTTP/1.1 ")
+        assert begin.partition(b"\r\n\r\n")[2]
 
 
 def test_a_client_that_lags_gets_the_same_in_fewer_pieces(rig: Rig) -> None:
