@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import statistics
@@ -137,7 +138,7 @@ def _keep(record: dict[str, Any], options: argparse.Namespace) -> None:
     record["label"] = getattr(options, "label", None)
     about = [record["benchmark"], record.get("shape"), *record.get("precisions", ())]
     words = [*about, record["label"], record["device"], record["commit"]]
-    stem = "-".join(filter(None, words)).replace(" ", "-").lower()
+    stem = re.sub(r"\(\w+\)", "", "-".join(filter(None, words))).replace(" ", "-").lower()
     if picture is not None:
         record["picture"] = f"{stem}{picture.suffix}"
         shutil.copyfile(picture, RESULTS / record["picture"])
