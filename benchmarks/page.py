@@ -58,7 +58,8 @@ all that a server does before its first step, with the most memory above the wei
 promised is reached. *G3*: 500 clients a second hang up, *hasty* ones when their answer begins,
 *leavers* at any moment within 0.2 s. Others' 99th percentile beside hasty ones is judged by theirs
 alone. Leavers are fifty streams at any time, a load whoever leaves: beside them it is judged by
-theirs beside as many who get as many tokens and stay, and told over theirs alone.""",
+theirs beside as many who get as many tokens and stay, and told over theirs alone. Older rows have
+no hasty clients, and were judged by stayers alone.""",
     "latency": """Rows that ask at once. *First* is the wait for the first token, all prompts before
 it included; *next* the time from token to token while every row decodes: percentiles over requests
 and tokens. *Of bandwidth* is what a step reads (weights, keys and values), *of products* what the

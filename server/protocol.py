@@ -108,10 +108,15 @@ class Guarded(HttpToolsProtocol):
             self._raise(self._too_large())
 
     def on_headers_complete(self) -> None:
-        new = self.parser.get_http_version() == "1.1"
+        version = self.parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            self._raise(BadMessage(f"This server speaks HTTP/1.1, and the request HTTP/{version}."))
+        new = version == "1.1"
         hosts = sum(name == b"host" for name, _ in self.headers)
         if hosts > 1 or (hosts == 0 and new):
             self._raise(BadMessage(f"The request has {hosts} Host headers, but must have one."))
+        if not new:
+            self.expect_100_continue = False  # which an older client takes for the answer
         coded = [value for name, value in self.headers if name == b"transfer-encoding"]
         if coded and not (new and len(coded) == 1 and coded[0].strip().lower() == b"chunked"):
             self._raise(BadMessage("The only transfer coding is 'chunked', once, in HTTP/1.1."))
@@ -137,6 +142,7 @@ class Guarded(HttpToolsProtocol):
         super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._under_way = cycle
         if cycle.scope["method"] != "HEAD":  # which has a head alone
             cycle.transport = Together(self.transport)  # type: ignore[assignment]
         old = cycle.scope["http_version"] != "1.1"
@@ -179,7 +185,7 @@ class Guarded(HttpToolsProtocol):
         self._wrong = error
         self._arrival.stop()
         if self._answering:
-            self.cycle.keep_alive = False
+            self._under_way.keep_alive = False  # `cycle` is the newest that waits behind it
             self.pipeline.clear()
             self.flow.pause_reading()
             return

@@ -25,6 +25,7 @@ from benchmarks.served import HEAD, status
 
 PATIENCE = 30.0  # seconds
 END = 1 << 20  # bytes, more than any answer has
+BEGINNING, WHOLE = (1, b"data: "), (END, b"data: [DONE]")  # how many bytes, and what is in them
 MOST = 200  # tokens, far more than a leaver stays for
 IDS = re.compile(rb'"token_ids":\[([\d,]+)')
 
@@ -35,19 +36,20 @@ class Crowd:
 
     clients: int = 0
     tokens: int = 0
-    failed: int = 0  # got something, and it was not a stream, or it had an error in it
+    failed: int = 0  # got no stream, or one with an error in it, or not what they came for
 
-    def goes(self, one: socket.socket) -> None:
+    def goes(self, one: socket.socket, wanted: bytes = b"") -> None:
         data = _got(one)
         one.close()
         self.clients += 1
         self.tokens += sum(ids.count(b",") + 1 for ids in IDS.findall(data))
-        self.failed += bool(data) and (status(data) != 200 or b'data: {"error"' in data)
+        wrong = bool(data) and (status(data) != 200 or b'data: {"error"' in data)
+        self.failed += wrong or wanted not in data
 
 
 def hasty(port: int, seconds: float, rate: float) -> Crowd:
     """They come at even distances."""
-    return _woken(port, seconds, rate, repeat(message(MOST)), 1)
+    return _woken(port, seconds, rate, repeat(message(MOST)), BEGINNING)
 
 
 def leavers(port: int, seconds: float, rate: float, longest: float) -> Crowd:
@@ -70,29 +72,42 @@ def leavers(port: int, seconds: float, rate: float, longest: float) -> Crowd:
 def stayers(port: int, seconds: float, rate: float, tokens: float) -> Crowd:
     """They come at even distances, and ask for anything from one token to twice so many."""
     rng, most = random.Random(1), max(1, round(2 * tokens) - 1)
-    return _woken(port, seconds, rate, (message(rng.randint(1, most)) for _ in count()), END)
+    return _woken(port, seconds, rate, (message(rng.randint(1, most)) for _ in count()), WHOLE)
 
 
-def _woken(port: int, seconds: float, rate: float, asked: Iterator[bytes], enough: int) -> Crowd:
+def _woken(
+    port: int, seconds: float, rate: float, asked: Iterator[bytes], came_for: tuple[int, bytes]
+) -> Crowd:
     """Each goes when so many bytes are there for it, or its answer is over."""
     crowd, began = Crowd(), time.monotonic()
+    enough, wanted = came_for
     with selectors.DefaultSelector() as here:
         for number in range(round(rate * seconds)):
             while (left := began + number / rate - time.monotonic()) > 0:
-                _goodbyes(here, crowd, left)
+                _goodbyes(here, crowd, left, wanted)
             here.register(_come(port, next(asked), enough), selectors.EVENT_READ)
-        while here.get_map():
-            _goodbyes(here, crowd, PATIENCE)
+        while here.get_map() and _goodbyes(here, crowd, PATIENCE, wanted):
+            pass
+        for key in list(here.get_map().values()):  # nobody answers them any more
+            _goodbye(here, crowd, key, wanted)
     return crowd
 
 
-def _goodbyes(here: selectors.BaseSelector, crowd: Crowd, seconds: float) -> None:
-    """Let those go who have what they came for."""
-    for key, _ in here.select(seconds):
-        one = key.fileobj
-        assert isinstance(one, socket.socket)
-        here.unregister(one)
-        crowd.goes(one)
+def _goodbyes(here: selectors.BaseSelector, crowd: Crowd, seconds: float, wanted: bytes) -> bool:
+    """Let those go who have what they came for; whether there were any."""
+    ready = here.select(seconds)
+    for key, _ in ready:
+        _goodbye(here, crowd, key, wanted)
+    return bool(ready)
+
+
+def _goodbye(
+    here: selectors.BaseSelector, crowd: Crowd, key: selectors.SelectorKey, wanted: bytes
+) -> None:
+    one = key.fileobj
+    assert isinstance(one, socket.socket)
+    here.unregister(one)
+    crowd.goes(one, wanted)
 
 
 def message(tokens: int) -> bytes:

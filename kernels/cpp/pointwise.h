@@ -36,7 +36,7 @@ static void norm_row(const float* x, const float* added, const float* weight, co
 
 extern "C" void norm_f32(const float* x, const float* added, const float* weight, const float* bias,
                          float* y, float* both, i64 rows, i64 width, float eps, int rms, int threads) {
-    split(rows, rows * width > SMALL ? threads : 1, [=](i64 begin, i64 end) {
+    split(rows, at_most(threads, rows * width), [=](i64 begin, i64 end) {
         for (i64 r = begin; r < end; r++)
             norm_row(x + r * width, added ? added + r * width : nullptr, weight, bias,
                      y + r * width, both ? both + r * width : nullptr, width, eps, rms);
@@ -86,7 +86,7 @@ extern "C" void store_f32(const float* query, const float* key, const float* val
         bytes == 4 ? write(x, (float*)pages + place, dim, by_channel)
                    : write(x, (uint16_t*)pages + place, dim, by_channel);
     };
-    split(tokens, tokens * heads * dim > SMALL ? threads : 1, [=](i64 begin, i64 end) {
+    split(tokens, at_most(threads, tokens * heads * dim), [=](i64 begin, i64 end) {
       for (i64 t = begin; t < end; t++) {
         const float* angles = table ? table + at[t] * 2 * pairs : nullptr;
         float normed[DIM], turned[DIM];
@@ -108,7 +108,7 @@ extern "C" void store_f32(const float* query, const float* key, const float* val
 template <typename F>
 static void gate_rows(const float* x, float* y, i64 rows, i64 width, int threads, F f) {
     i64 whole = width / 16 * 16;
-    split(rows, rows * width > SMALL ? threads : 1, [=](i64 begin, i64 end) {
+    split(rows, at_most(threads, rows * width), [=](i64 begin, i64 end) {
       for (i64 r = begin; r < end; r++) {
         const float *gate = x + r * 2 * width, *up = gate + width;
         for (i64 i = 0; i < whole; i += 16)
@@ -143,7 +143,7 @@ extern "C" void gelu_tanh_gate_f32(const float* x, float* y, i64 rows, i64 width
 template <typename F>
 static void each(const float* x, float* y, i64 count, int threads, F f) {
     i64 tiles = (count + 15) / 16;
-    split(tiles, count > SMALL ? threads : 1, [=](i64 begin, i64 end) {
+    split(tiles, at_most(threads, count), [=](i64 begin, i64 end) {
         for (i64 i = begin * 16; i < end * 16; i += 16) {
             v16 a = {};
             i64 n = std::min<i64>(16, count - i);

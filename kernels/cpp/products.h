@@ -295,7 +295,7 @@ static void round_row(const float* x, uint8_t* q, float* scale, i64 in, i64 padd
 
 static i64 round_rows(const float* x, uint8_t* q, float* xs, i64 rows, i64 in, int threads) {
     i64 padded = (in + 3) / 4 * 4;
-    split(rows, rows * in > SMALL ? threads : 1, [=](i64 begin, i64 end) {
+    split(rows, at_most(threads, rows * in), [=](i64 begin, i64 end) {
         for (i64 r = begin; r < end; r++) round_row<128>(x + r * in, q + r * padded, xs + r, in, padded);
     });
     return padded;
@@ -379,7 +379,7 @@ static void rows_of4(const int8_t* x, i64 step, const float* xs, const uint8_t* 
 
 static i64 round_rows_by_group(const float* x, int8_t* q, float* xs, i64 rows, i64 in, i64 groups, int threads) {
     i64 step = in + groups * sizeof(int32_t);
-    split(rows, rows * in > SMALL ? threads : 1, [=](i64 begin, i64 end) {
+    split(rows, at_most(threads, rows * in), [=](i64 begin, i64 end) {
         for (i64 r = begin; r < end; r++) {
             int8_t* row = q + r * step;
             round_row<0>(x + r * in, (uint8_t*)row, xs + r, in, in);

@@ -15,6 +15,10 @@
 static const i64 SMALL = 1 << 15;  // fewer numbers than these are not worth a second thread
 static const int EVERYBODY = 1 << 10;
 
+static inline int at_most(int threads, i64 numbers) {
+    return (int)std::min<i64>(threads, 1 + numbers / SMALL);
+}
+
 // A job is cut into chunks, which whoever is free takes. The caller takes them too, and waits for
 // nobody who has not begun: on a busy machine a thread's turn may come many milliseconds late.
 //

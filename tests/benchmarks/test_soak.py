@@ -2,8 +2,11 @@
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,28 @@ def test_a_crowd_leaves_stays_or_is_failed() -> None:
         assert stayers(rig.port, 0.1, 30, 9).failed == 3
     with pytest.raises(ConnectionRefusedError):
         stayers(rig.port, 1, 1, 1)
+
+
+@pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\n\r\n", None])
+def test_a_crowd_that_gets_nothing_has_failed(
+    said: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a server that hangs up, that does so after a head, or that never answers."""
+    monkeypatch.setattr("benchmarks.soak.crowd.PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as other:
+        for who in (partial(hasty), partial(stayers, tokens=5)):
+            if said is not None:
+                other.submit(_say_and_go, listener, said)
+            crowd = who(listener.getsockname()[1], 0.1, 30)
+            assert (crowd.clients, crowd.failed) == (3, 3)
+
+
+def _say_and_go(listener: socket.socket, said: bytes) -> None:
+    for _ in range(3):
+        one, _ = listener.accept()
+        with one:
+            one.recv(1 << 16)
+            one.sendall(said)
 
 
 def test_every_route_of_the_application_is_tried() -> None:

@@ -121,6 +121,36 @@ def test_a_bad_message_during_an_answer_lets_it_finish(rig: Rig) -> None:
     assert data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
+def test_what_waits_behind_a_bad_message_does_not_keep_the_connection(rig: Rig) -> None:
+    """The answer under way says that it is the last, and is. Else `heard` would wait for long."""
+    rig.engine.delay = 0.01
+    body = json.dumps({"prompt": "x", "max_tokens": 10}).encode()
+    asked = POST + b"content-length: %d\r\n\r\n" % len(body) + body
+    data = heard(rig, asked + GET + b"\r\n" + b"\x00bad\r\n\r\n")
+    rig.engine.delay = 0
+    assert answers(data) == [200]
+    assert b"\r\nconnection: close\r\n" in data
+    assert b'"completion_tokens":10' in data
+
+
+@pytest.mark.parametrize("version", [b"0.9", b"2.0"])
+def test_another_http_is_refused(rig: Rig, version: bytes) -> None:
+    """Its client would not know where a stream ends."""
+    body = json.dumps({"prompt": "x", "max_tokens": 10, "stream": True}).encode()
+    asked = POST.replace(b"1.1", version) + b"connection: keep-alive\r\n"
+    data = heard(rig, asked + b"content-length: %d\r\n\r\n" % len(body) + body)
+    assert answers(data) == [400]
+    assert check_object(data) == "bad_http_message"
+
+
+def test_only_a_new_client_is_told_to_continue(rig: Rig) -> None:
+    body = json.dumps({"prompt": "x", "max_tokens": 2}).encode()
+    for version, statuses in ((b"1.0", [200]), (b"1.1", [100, 200])):
+        asked = POST.replace(b"1.1", version) + b"expect: 100-continue\r\nconnection: close\r\n"
+        data = heard(rig, asked + b"content-length: %d\r\n\r\n" % len(body) + body)
+        assert answers(data) == statuses
+
+
 def test_pipelined_requests_are_answered_in_order(rig: Rig) -> None:
     bodies = [
         json.dumps({"prompt": "x", "max_tokens": n, "temperature": 0}).encode() for n in (9, 1)
