@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import memory
 from kernels.backend import KERNELS
-from kernels.library import compiled, here
+from kernels.build import compiled, here
 
 TILE = 32  # outputs of a tile, as in products.h
 GRAIN = 2 << 20  # multiplications worth another thread

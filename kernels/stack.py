@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import library, native
+from kernels import build, native
 from kernels.native import Packed
 
 P, I64, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -126,7 +126,7 @@ class Stack:
         wants = len(x) if wanted is None else len(wanted)
         sizes = len(x), len(lengths), table.shape[1], longest, wants
         step = _Step(*map(_address, where), *sizes)
-        library.compiled().stack_f32(
+        build.compiled().stack_f32(
             ctypes.byref(self.stack), ctypes.byref(step), x.data_ptr(), found.data_ptr()
         )
         return found

@@ -3,7 +3,7 @@
 import torch
 
 import model.runner  # noqa: F401 (so that every kernel of the model is defined)
-from kernels import library, native
+from kernels import build, native
 from kernels.backend import Probe, verify
 from model.device import Finding
 
@@ -15,7 +15,7 @@ def kernels_here(device: torch.device) -> list[Finding]:
         try:
             native.enable()
             found.append(Finding("native kernels", True, f"built; int8: {_int8()}"))
-        except library.NotHere as why:
+        except build.NotHere as why:
             found.append(Finding("native kernels", False, str(why)))
     return found + [
         Finding(kernel, way != "torch", f"{way}: {reason}")

@@ -47,7 +47,7 @@ class Lookup(nn.Module):
 
 
 def pack_decoder(decoder: Decoder) -> None:
-    """Raises library.NotHere. An int8 weight with groups in a row keeps torch's way."""
+    """Raises build.NotHere. An int8 weight with groups in a row keeps torch's way."""
     native.enable()
     products = {n for n, m in decoder.named_modules() if isinstance(m, Linear) and n != "head"}
     for name in products:  # each is let go before the next

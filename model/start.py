@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from kernels import backend, library, native
+from kernels import backend, build, native
 from kernels.backend import Choice, verify
 from model import device as machine
 from model.cache import FLOATS, FORMATS, PAGE, Cache
@@ -70,7 +70,7 @@ def start(
         device=where,
         quantization=quantize,
         head=native_wanted and quantize in ("int8", "int4") and native.has_int8(),
-        keep=native_wanted and library.here(),
+        keep=native_wanted and build.here(),
         context=context or 0,
     )
     config = decoder.config
@@ -127,7 +127,7 @@ def _enable_native(decoder: Decoder, threads: int) -> str:
     try:
         native.use_threads(threads)
         pack_decoder(decoder)
-    except library.NotHere as why:
+    except build.NotHere as why:
         return str(why)
     return ""
 

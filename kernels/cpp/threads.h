@@ -15,6 +15,7 @@
 static const i64 SMALL = 1 << 15;  // fewer numbers than these are not worth a second thread
 static const int EVERYBODY = 1 << 10;
 
+// as many threads as so many numbers are worth
 static inline int at_most(int threads, i64 numbers) {
     return (int)std::min<i64>(threads, 1 + numbers / SMALL);
 }

@@ -15,7 +15,7 @@ from benchmarks.clients import Answer, Crowd, Outside
 from benchmarks.costs import Costs
 from benchmarks.limits import Limits
 from benchmarks.throughput import BURST, arrivals, draw
-from kernels import library
+from kernels import build
 
 
 @pytest.mark.parametrize("burst", [1, BURST])
@@ -130,7 +130,7 @@ def test_throughput_of_the_embedded_model() -> None:
     assert len(rows) == 2 * 2 * 3  # ways, prefixes, loads
     assert {row["over"] for row in rows} == {"offline", "http"}
     assert all(0 <= row["goodput/s"] <= row["done/s"] for row in rows)
-    kept, size = ("float16", 8) if library.here() else ("float32", 16)
+    kept, size = ("float16", 8) if build.here() else ("float32", 16)
     assert f"4.0 million parameters in {kept}; a step reads {size} MB" in found["said"][0]
     assert all(row["tok/s"] > 0 and row["first p50 ms"] > 0 for row in rows)
 

@@ -15,13 +15,13 @@ import kernels.activation
 import kernels.norm
 import kernels.pages
 import kernels.topk
-from kernels import library, native
+from kernels import build, native
 from kernels.attention import attention_reference
 from kernels.linear import quantize_int4
 
 try:
-    BUILT = library.compiled()
-except library.NotHere as why:
+    BUILT = build.compiled()
+except build.NotHere as why:
     pytest.skip(f"no native kernels here: {why}", allow_module_level=True)
 
 
@@ -370,12 +370,12 @@ def test_a_build_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) 
 
     def fails() -> None:
         tries.append("c++")
-        raise library.NotHere("no compiler")
+        raise build.NotHere("no compiler")
 
-    monkeypatch.setattr(library, "_tried", cache(library._tried.__wrapped__))
-    monkeypatch.setattr(library, "_built", fails)
+    monkeypatch.setattr(build, "_tried", cache(build._tried.__wrapped__))
+    monkeypatch.setattr(build, "_built", fails)
     for _ in range(2):
-        with pytest.raises(library.NotHere, match="no compiler"):
-            library.compiled()
-    assert not library.here()
+        with pytest.raises(build.NotHere, match="no compiler"):
+            build.compiled()
+    assert not build.here()
     assert tries == ["c++"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import backend, library, native, sampling, sampling_triton
+from kernels import backend, build, native, sampling, sampling_triton
 from kernels.config import Config
 from kernels.sampling import branch_key, keep, uniform_bits
 from tests.kernels.poison import poisoned
@@ -92,8 +92,8 @@ def test_kept_tokens_are_those_of_transformers(size: int, width: int) -> None:
 def test_native_draws_what_the_twin_draws(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if enabled:
         try:
-            library.compiled()
-        except library.NotHere as why:
+            build.compiled()
+        except build.NotHere as why:
             pytest.skip(f"no native kernels here: {why}")
     monkeypatch.setattr(native, "enabled", enabled)
     for size in (3, 257, 4099, 9000):

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from kernels.backend import KERNELS
-from kernels.library import NotHere
+from kernels.build import NotHere
 from model.batch import LAST_SAMPLE, Batch, Ints, Seat
 from model.cache import Cache, Rows
 from model.decoder import Decoder

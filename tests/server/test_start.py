@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from benchmarks.soak.starts import BROKEN
-from kernels import library
+from kernels import build
 from kernels.backend import KERNELS
 from model.checkpoint import CheckpointError
 from model.start import start
@@ -90,7 +90,7 @@ def test_float32_keeps_weights_in_the_16_bits_of_the_checkpoint(
     for kernel in KERNELS.values():
         monkeypatch.setattr(kernel, "native", kernel.native)
     family("llama", tmp_path).bfloat16().save_pretrained(tmp_path)
-    ways = {"reference": "float32", "auto": "bfloat16" if library.here() else "float32"}
+    ways = {"reference": "float32", "auto": "bfloat16" if build.here() else "float32"}
     for kernels, kept in ways.items():
         about = start(tmp_path, device="cpu", dtype="float32", pages=8, kernels=kernels).about
         assert (about["dtype"], about["kv_dtype"]) == ("float32", "float32")
