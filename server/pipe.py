@@ -1,5 +1,5 @@
 """Past ASGI: how an answer goes out, its head with its first bytes, and what follows of a body
-under way a chunk at a time and at once.
+under way a chunk at a time and at once; and how it is heard that the client went.
 
 A token of a stream is worth 20 microseconds at 64 streams a step, and each layer that a message
 walks through takes one. So the connection offers its pipe to the application
@@ -8,6 +8,7 @@ messages.
 """
 
 import asyncio
+from collections.abc import Callable
 
 from uvicorn.protocols.http.flow_control import FlowControl
 
@@ -20,6 +21,21 @@ class Pipe:
     def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
         self._transport = transport
         self._flow = flow
+        self._lost = False
+        self.leave: Callable[[], None] | None = None  # whom to call when the client goes
+
+    def hear(self, leave: Callable[[], None]) -> bool:
+        """Have it called when the client goes; False when it did."""
+        self.leave = leave
+        if not self._lost:
+            self._flow.resume_reading()  # what is not read does not end
+        return not self._lost
+
+    def lose(self) -> None:
+        """The connection is no more."""
+        self._lost = True
+        if self.leave is not None:
+            self.leave()
 
     @property
     def flows(self) -> bool:

@@ -58,6 +58,7 @@ class Guarded(HttpToolsProtocol):
         self._arrival.stop()
         self._unread.stop()
         super().connection_lost(exc)
+        self._pipe.lose()
 
     # What comes in
 

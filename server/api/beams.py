@@ -16,6 +16,7 @@ BEAMS_ONLY = (
     "exact_exit",
     "beam_stream",
 )
+ASKED_BY = {"use_beam_search", "beam_width", "num_beams", *BEAMS_ONLY}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "seed")
 
 
@@ -26,6 +27,8 @@ def choices(body: Sampled) -> int:
 
 def width(body: Sampled) -> int | None:
     """How many beams; None when it is no beam search."""
+    if ASKED_BY.isdisjoint(_sent(body)):
+        return None
     said = _one_of(body, "beam_width", "num_beams")
     if body.use_beam_search is False and (said or 1) > 1:
         raise InvalidField(

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
+from server.api.head import header
 from server.api.work import LARGE, Pool
 from server.config import Limits
 from server.errors import BodyTooLarge, Cancelled, MalformedBody, WrongMediaType
@@ -42,32 +43,31 @@ def _decode_then(raw: bytes, depth: int, then: Callable[[dict[str, Any]], Read])
 
 def check_media_type(request: Request) -> None:
     """JSON in UTF-8, not packed. This also keeps other sites' forms away from a local server."""
-    media, _, rest = request.headers.get("content-type", "").partition(";")
+    said = header(request.scope, b"content-type")
+    media, _, rest = said.partition(";")
     charset = rest.partition("charset=")[2].strip(' "').lower()
     if media.strip().lower() != "application/json" or charset not in ("", "utf-8", "utf8"):
-        said = request.headers.get("content-type", "nothing")[:SHOWN]
-        raise WrongMediaType(
-            f"The body's Content-Type is {said!r}; send application/json, in UTF-8."
-        )
-    packed = request.headers.get("content-encoding", "identity")
+        wrong = f"The body's Content-Type is {said[:SHOWN] or 'nothing'!r}"
+        raise WrongMediaType(f"{wrong}; send application/json, in UTF-8.")
+    packed = header(request.scope, b"content-encoding") or "identity"
     if packed.lower() != "identity":
         raise WrongMediaType(f"Content-Encoding {packed[:SHOWN]!r} is not taken; send it unpacked.")
 
 
 async def read(request: Request, most: int) -> bytes:
-    told = request.headers.get("content-length", "")
+    told = header(request.scope, b"content-length")
     if told.isdecimal() and int(told) > most:
         raise _too_large(most)
-    parts, size = [], 0
-    try:
-        async for part in request.stream():
-            size += len(part)
-            if size > most:
-                raise _too_large(most)
-            parts.append(part)
-    except ClientDisconnect:
-        raise Cancelled("The client closed the connection.") from None
-    return b"".join(parts)
+    body, more = bytearray(), True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise Cancelled("The client closed the connection.")
+        body += message.get("body", b"")
+        if len(body) > most:
+            raise _too_large(most)
+        more = message.get("more_body", False)
+    return bytes(body)
 
 
 def _too_large(most: int) -> BodyTooLarge:

@@ -14,7 +14,7 @@ from server.api.keys import known
 from server.api.replies import said
 from server.api.schema import EmbeddingBody
 from server.api.served import Served
-from server.api.stream import heard
+from server.api.stream import Heard
 from server.errors import InvalidField, TooLong, UnsupportedField
 
 routes = APIRouter(tags=["embeddings"], dependencies=[Depends(known)])
@@ -26,7 +26,7 @@ async def embeddings(request: Request) -> Response:
     front: Front = request.app.state.front
     served = front.open()
     body, prompts = await load(request, served.limits, front.pool, partial(_read, front, served))
-    async with heard(request.receive):  # one a question, so that steps of others run in between
+    with Heard(request.receive):  # one a question, so that steps of others run in between
         ask = partial(front.engine.ask, "embed", pooling=body.pooling)
         vectors: list[list[float]] = [await ask(prompt=prompt) for prompt in prompts]
     if body.dimensions not in (None, len(vectors[0])):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastapi import Request
 
+from server.api.head import header
 from server.errors import InvalidKey, SettingError
 
 WRONG = "The API key is wrong or missing; send it as 'Authorization: Bearer …'."
@@ -35,11 +36,11 @@ class Keys:
     def needed(self) -> bool:
         return self._path is not None
 
-    def check(self, header: str | None) -> str:
-        """The salt of the key that the header brings: its holder shares pages with nobody else."""
+    def check(self, said: str) -> str:
+        """The salt of the key that the header `said`: its holder shares pages with nobody else."""
         if not self.needed:
             return ""
-        scheme, _, key = (header or "").partition(" ")
+        scheme, _, key = said.partition(" ")
         digest = _digest(key.strip())
         known = [hmac.compare_digest(digest, one) for one in self._digests]
         if scheme.lower() != "bearer" or not any(known):
@@ -54,6 +55,4 @@ def _digest(key: str) -> bytes:
 async def known(request: Request) -> str:
     """The dependency of every route that needs a key: gives the caller's salt."""
     keys: Keys = request.app.state.front.keys
-    salt = keys.check(request.headers.get("authorization"))
-    request.state.salt = salt
-    return salt
+    return keys.check(header(request.scope, b"authorization"))

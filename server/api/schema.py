@@ -80,9 +80,9 @@ class Sampled(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, float], counted("logit_bias")] = {}
+    logit_bias: Annotated[dict[str, float], counted("logit_bias")] = Field(default_factory=dict)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
-    stop: Annotated[Short, counted("stop")] = []
+    stop: Annotated[Short, counted("stop")] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="who asks, for the client's own books")
@@ -93,12 +93,12 @@ class Sampled(Strict):
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
-    stop_token_ids: Ids = []
+    stop_token_ids: Ids = Field(default_factory=list)
     bad_words: Annotated[
         Short,
         counted("stop_ids"),
         Field(description="As they are spelled in tokens; the same text in others may come."),
-    ] = []
+    ] = Field(default_factory=list)
     allowed_token_ids: Annotated[list[int], FIRST, Field(min_length=1), Known] | None = None
     prompt_logprobs: Shown | None = None
     return_token_ids: bool = False

@@ -11,9 +11,10 @@ a failure, the end.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from functools import partial
+from types import TracebackType
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -77,9 +78,9 @@ class Reply(Response):
         """What an event of a prompt adds to the body that is going out."""
         raise NotImplementedError
 
-    async def words(self) -> AsyncGenerator[bytes, None]:
-        """What is to be sent and did not go through the pipe."""
-        with ExitStack() as stack:
+    async def words(self, receive: Receive, give: Callable[[bytes], Awaitable[None]]) -> None:
+        """Give what is to be sent and did not go through the pipe, while the client listens."""
+        with Heard(receive, self.pipe), ExitStack() as stack:
             for number, request in enumerate(self.answer.asked.requests):
                 inbox = self._inboxes[number] = stack.enter_context(self.front.engine.open(request))
                 inbox.wake = partial(self._wake, number, inbox)
@@ -90,7 +91,7 @@ class Reply(Response):
                 now = self._loop.time()
                 if data or now >= self._said + QUIET:
                     self._said = now
-                    yield data or ALIVE
+                    await give(data or ALIVE)
 
     async def _wait(self) -> None:
         """Until something could not be heard as it came, or nothing came for long."""
@@ -153,9 +154,7 @@ class Plain(Reply):
         return b""
 
     async def answer_to(self, receive: Receive, send: Send) -> None:
-        async with heard(receive), aclosing(self.words()) as words:
-            async for _ in words:
-                pass
+        await self.words(receive, _keep)
         self.meter.end()
         body = encode(self.shape.answer_body(fold(self.answer, self._deltas)))
         await Response(body, media_type="application/json")({"type": "http"}, receive, send)
@@ -183,9 +182,7 @@ class Stream(Reply):
 
     async def answer_to(self, receive: Receive, send: Send) -> None:
         try:
-            async with heard(receive), aclosing(self.words()) as words:
-                async for data in words:
-                    await self._send(send, data, more=True)
+            await self.words(receive, partial(self._send, send))
             last = self.shape.last()
             self.meter.end()
         except KvistError as error:
@@ -206,7 +203,7 @@ class Stream(Reply):
         self.failed = error.code
         return event(error.body())
 
-    async def _send(self, send: Send, data: bytes, more: bool) -> None:
+    async def _send(self, send: Send, data: bytes, more: bool = True) -> None:
         if not self.begun:
             self.begun = True
             headers = [
@@ -238,26 +235,48 @@ class TreeEvents:
         return b"".join(b"event: beam\ndata: " + line + b"\n\n" for line in lines)
 
 
-@asynccontextmanager
-async def heard(receive: Receive) -> AsyncGenerator[None, None]:
-    """Run what is inside until the client goes; then it ends with Cancelled."""
-    task = asyncio.current_task()
-    assert task is not None
-    gone = False
+class Heard:
+    """Run what is inside until the client goes; then it ends with Cancelled. To hear it from ASGI
+    takes a task of its own."""
 
-    async def listen() -> None:
-        nonlocal gone
-        while not gone:
-            gone = (await receive())["type"] == "http.disconnect"
-        task.cancel()
+    def __init__(self, receive: Receive, pipe: Pipe | None = None) -> None:
+        self._receive = receive
+        self._pipe = pipe
+        self._gone = False
 
-    listener = asyncio.create_task(listen())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not gone:
-            raise
-        task.uncancel()
-        raise Cancelled("The client closed the connection.") from None
-    finally:
-        listener.cancel()
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        if self._pipe is None:
+            self._listener = asyncio.create_task(self._listen())
+        elif not self._pipe.hear(self._leave):
+            raise _left()
+
+    async def _listen(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._leave()
+
+    def _leave(self) -> None:
+        self._gone = True
+        self._task.cancel()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, where: TracebackType | None
+    ) -> None:
+        if self._pipe is None:
+            self._listener.cancel()
+        else:
+            self._pipe.leave = None
+        if self._gone and kind is asyncio.CancelledError:
+            self._task.uncancel()
+            raise _left() from None
+
+
+def _left() -> Cancelled:
+    return Cancelled("The client closed the connection.")
+
+
+async def _keep(data: bytes) -> None:
+    """A plain answer waits for all its words."""

@@ -93,7 +93,7 @@ def test_keys_stay_secret(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="has no key"):
         keys.read()
     assert keys.check("Bearer sk-secret"), "a bad file changes nothing"
-    assert Keys(None).check(None) == ""
+    assert Keys(None).check("") == ""
 
 
 def test_sighup_takes_new_keys_or_keeps_the_old(

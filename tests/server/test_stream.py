@@ -14,17 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.types import Send
+from uvicorn.protocols.http.flow_control import FlowControl
 
 import server.protocol
 from server.api import ask
 from server.api.answer import Answer, Delta
 from server.api.schema import ChatBody, CompletionBody
 from server.api.shapes import ChatShape, CompletionShape, Shape
-from server.api.stream import Stream
+from server.api.stream import Reply, Stream
 from server.api.turns import MOST
+from server.api.work import Pool
 from server.config import Settings
 from server.engine.request import Choice, Event
-from server.pipe import Together
+from server.pipe import Pipe, Together
 from server.protocol import Guarded
 from tests.server.fakes import FakeEngine
 from tests.server.rig import Rig, front, read_all, running
@@ -83,7 +85,7 @@ def ask_all(rig: Rig, body: dict[str, Any]) -> bytes:
 def test_through_asgi_alone_the_same_is_said(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another server than ours offers no pipe."""
     offered = said(ask_all(rig, WHOLE))
-    monkeypatch.setattr(server.protocol, "Pipe", lambda *_: None)
+    monkeypatch.setattr(Reply, "pipe", property(lambda _: None, lambda *_: None), raising=False)
     assert said(ask_all(rig, WHOLE)) == offered
     assert len(offered[0]) == 4
     assert offered[1] == b"[DONE]"
@@ -104,6 +106,12 @@ class Wire(asyncio.Transport):
 
     def close(self) -> None:
         self.sent.append(b"closed")
+
+    def pause_reading(self) -> None:
+        self.sent.append(b"paused")
+
+    def resume_reading(self) -> None:
+        self.sent.append(b"resumed")
 
 
 def test_a_head_goes_with_the_first_bytes() -> None:
@@ -185,11 +193,48 @@ def test_a_bug_in_mid_stream_ends_that_stream_alone(
     assert not rig.engine.running
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_left_before_is_not_asked_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    """While its body was looked at elsewhere: the engine never hears of it."""
+    asked, begun = len(rig.engine.seen), threading.Event()
+    connections, run = rig.server.server_state.connections, Pool.run
+
+    async def until_it_left(self: Pool, size: int, work: Callable[[], Any]) -> Any:
+        begun.set()
+        while connections:
+            await asyncio.sleep(0)
+        return await run(self, size, work)
+
+    monkeypatch.setattr(Pool, "run", until_it_left)
+    with rig.connect() as one:
+        send(rig, one, WHOLE | {"stream": stream})
+        assert begun.wait(10)
+    until(lambda: not rig.server.server_state.tasks)
+    assert len(rig.engine.seen) == asked
+
+
+def test_a_pipe_tells_that_the_client_went() -> None:
+    """Once, to who listens. The last piece of a large body stops the reading of more, and what is
+    not read does not end."""
+    wire, told = Wire(), list[str]()
+    flow = FlowControl(wire)
+    flow.pause_reading()
+    pipe = Pipe(wire, flow)
+    assert pipe.hear(lambda: told.append("first"))
+    assert wire.sent == [b"paused", b"resumed"]
+    pipe.hear(lambda: told.append("second"))
+    pipe.lose()
+    assert told == ["second"]
+    assert not pipe.hear(lambda: told.append("third"))
+
+
 def test_many_answers_begin_a_few_at_a_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step may give hundreds their first word; meanwhile others have turns of the loop, too."""
     begun, begin = 0, Stream._send
 
-    async def counted(self: Stream, send: Send, data: bytes, more: bool) -> None:
+    async def counted(self: Stream, send: Send, data: bytes, more: bool = True) -> None:
         nonlocal begun
         begun += not self.begun
         await begin(self, send, data, more)
