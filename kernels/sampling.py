@@ -17,6 +17,7 @@ hold enough; `sampling_triton.py` closes in on the lowest score kept.
 """
 
 from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,24 +33,27 @@ GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64: Steele, Lea, Flood 2014
 CANDIDATES = 256  # how many best are first looked at on a CPU; most cuts lie within
 CHUNK = 1 << 20  # logits at once on a CPU, so that they stay in its cache
 
+ONES = (1 << 64) - 1
+Word = TypeVar("Word", int, npt.NDArray[Any])  # of 64 bits, one or many
+
 OFF = (0, 1, 0, 1)  # top_k, top_p, min_p, typical_p that change nothing
 
 
 # -- randomness, on the host: one number a row ----------------------------------------------------
 
 
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _mix(x: Word) -> Word:
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & ONES
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & ONES
+    return x ^ (x >> 31)
 
 
 def branch_key(seed: int, branch: int) -> int:
     """Where the stream of a branch starts; any integer is a seed, taken modulo 2⁶⁴."""
-    state = np.array([seed % (1 << 64)], np.uint64)
+    state = seed
     for step in (1, branch + 1):
-        state = _mix(state + np.uint64(step * GOLDEN % (1 << 64)))
-    return int(state[0])
+        state = _mix(state + step * GOLDEN & ONES)
+    return state
 
 
 def uniform_bits(

@@ -91,12 +91,14 @@ class Seats:
 
     def _take_edits(self, taken: Seat) -> None:
         sampling = taken.sampling
+        self.edits.pop(taken.seat, None)
+        if not (sampling.logit_bias or sampling.bad_words or sampling.min_tokens):
+            return
         bans = [w[0] for w in sampling.bad_words if len(w) == 1 and w[0] < self.vocabulary]
         stops = list(sampling.stops) if sampling.min_tokens else []
         ids = [*sampling.logit_bias, *bans, *stops]
         added = [*sampling.logit_bias.values(), *[-np.inf] * (len(bans) + len(stops))]
         before = [EVER] * (len(ids) - len(stops)) + [taken.start + sampling.min_tokens] * len(stops)
-        self.edits.pop(taken.seat, None)
         if ids:
             self.edits[taken.seat] = (
                 np.array(ids, np.int64),
@@ -105,9 +107,10 @@ class Seats:
             )
 
     def _take_past(self, taken: Seat) -> None:
-        seat, past = taken.seat, np.array([*taken.prompt, *taken.output], np.int64)
+        seat = taken.seat
         self.counts.drop(seat)
         if (self.penalties[seat] != (1, 0, 0)).any():
+            past = np.array([*taken.prompt, *taken.output], np.int64)
             count = np.zeros(self.vocabulary, np.int32)
             count[past[: len(taken.prompt)]] = 1
             np.add.at(count, past[len(taken.prompt) :], 2)

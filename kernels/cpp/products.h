@@ -51,21 +51,23 @@ extern "C" void pack_2(const uint16_t* from, uint16_t* to, int32_t* sums, i64 ou
     tiles(from, to, sums, out, in, threads);
 }
 
-// Rows `at` of a packed weight as they were, [rows, in].
+// Rows `at` of a packed weight as they were, [rows, in]; `few` numbers of each lie together.
+template <int few, typename W>
+static void looked_up(const W* packed, const float* scales, const i64* at, float* y, i64 rows, i64 in) {
+    const i64 units = (in + few - 1) / few;
+    for (i64 r = 0; r < rows; r++) {
+        const W* row = packed + (at[r] / TILE * TILE * units + at[r] % TILE) * few;
+        const float scale = scales ? scales[at[r]] : 1;
+        for (i64 k = 0; k < in; k++) y[r * in + k] = scale * number(row[k / few * TILE * few + k % few]);
+    }
+}
+
 extern "C" void lookup(const void* packed, const float* scales, const i64* at, float* y, i64 rows,
                        i64 in, i64 kind) {
-    const i64 run = kind == INT8 ? 4 : 1, units = (in + run - 1) / run;
-    for (i64 r = 0; r < rows; r++) {
-        const i64 first = at[r] / TILE * TILE * units + at[r] % TILE;
-        const float scale = scales ? scales[at[r]] : 1;
-        for (i64 k = 0; k < in; k++) {
-            const i64 i = (first + k / run * TILE) * run + k % run;
-            y[r * in + k] = scale * (kind == INT8       ? ((const int8_t*)packed)[i]
-                                     : kind == BFLOAT16 ? number(((const uint16_t*)packed)[i])
-                                     : kind == FLOAT16  ? number(((const Half*)packed)[i])
-                                                        : ((const float*)packed)[i]);
-        }
-    }
+    if (kind == INT8) looked_up<4>((const int8_t*)packed, scales, at, y, rows, in);
+    else if (kind == BFLOAT16) looked_up<1>((const uint16_t*)packed, scales, at, y, rows, in);
+    else if (kind == FLOAT16) looked_up<1>((const Half*)packed, scales, at, y, rows, in);
+    else looked_up<1>((const float*)packed, scales, at, y, rows, in);
 }
 
 // Two registers of a tile's weights. Those of bfloat16 come as even and odd outputs, which takes no

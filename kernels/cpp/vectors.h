@@ -28,6 +28,12 @@ static inline u16x wide16(h16 x) {
 static inline v16 load16(const uint16_t* p) {  // bfloat16: the upper half of a float
     return (v16)(wide16(*(const h16*)p) << 16);
 }
+static inline float number(float x) {
+    return x;
+}
+static inline float number(int8_t x) {
+    return x;
+}
 static inline float number(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
     float found;
@@ -48,8 +54,12 @@ static inline v16 load16(const Half* p) {
 #endif
 }
 static inline float number(const Half& x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#else
     Half some[16] = {x};
     return load16(some)[0];
+#endif
 }
 static inline v16 all16(float x) { return x - v16{}; }
 
