@@ -103,9 +103,10 @@ def unpack(weight: Packed) -> Tensor:
 
 def lookup(weight: Packed, rows: Tensor) -> Tensor:
     """Some rows [n] of a weight of floats or int8 -> [n, in] float32"""
-    found, scales = torch.empty(len(rows), weight.inner), weight.scales
+    count, scales = rows.shape[0], weight.scales
+    found = torch.empty(count, weight.inner)
     where = weight.values.data_ptr(), scales if scales is None else scales.data_ptr()
-    sizes = len(rows), weight.inner, weight.kind
+    sizes = count, weight.inner, weight.kind
     compiled().lookup(*where, rows.data_ptr(), found.data_ptr(), *sizes)
     return found
 
@@ -114,17 +115,18 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., in] float32 -> [..., out]. A row's result is the same in any company."""
     shape = (*x.shape[:-1], weight.out)
     x = x.reshape(-1, weight.inner).contiguous()
-    y = torch.empty(len(x), weight.out)
-    three = len(x), weight.inner, weight.out
-    work = max(len(x), READING) * weight.inner * weight.out
+    rows = x.shape[0]
+    y = torch.empty(rows, weight.out)
+    three = rows, weight.inner, weight.out
+    work = max(rows, READING) * weight.inner * weight.out
     if weight.values.dtype == torch.uint8:
-        rounded = torch.empty(len(x), weight.inner + 4 * weight.groups, dtype=torch.int8)
-        rest = bias, y, rounded, torch.empty(len(x))
-        sizes = len(x), weight.inner, weight.groups, weight.out
+        rounded = torch.empty(rows, weight.inner + 4 * weight.groups, dtype=torch.int8)
+        rest = bias, y, rounded, torch.empty(rows)
+        sizes = rows, weight.inner, weight.groups, weight.out
         _call("linear_int4", work, x, weight.values, weight.scales, *rest, *sizes)
     elif weight.scales is not None:
-        rounded = torch.empty(len(x), -(-weight.inner // 4) * 4, dtype=torch.uint8)
-        row_scales = torch.empty(len(x))
+        rounded = torch.empty(rows, -(-weight.inner // 4) * 4, dtype=torch.uint8)
+        row_scales = torch.empty(rows)
         tables = weight.values, weight.scales, weight.sums
         _call("linear_int8", work, x, *tables, bias, y, rounded, row_scales, *three)
     else:

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -75,11 +76,15 @@ class Runner:
         found = {"tokens": step["tokens"], "bad": step["hidden"].isnan().any(-1)}
         return found | self._logprobs(batch, step["logits"], step["tokens"])
 
-    def _up(self, array: Ints) -> Tensor:
+    def _up(self, array: npt.NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array)
         if self.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def _indices(self, array: Ints) -> Tensor:
+        """As torch wants them; made here, since there it costs a call to the device."""
+        return self._up(array.astype(np.int64))
 
     def _rows(self, batch: Batch, row: Ints, positions: Ints) -> Rows:
         """Slots are computed here, for all tokens at once."""
@@ -104,7 +109,7 @@ class Runner:
         if len(ends) == len(batch.tokens):
             return None
         parts = ends, batch.sample_at, batch.score_at, batch.beam_at
-        return self._up(np.unique(np.concatenate(parts)).astype(np.int64))
+        return self._indices(np.unique(np.concatenate(parts)))
 
     def _shared(self, batch: Batch) -> Shared | None:
         """Beams of one group, and requests with one cached prefix; on the host."""
@@ -115,16 +120,16 @@ class Runner:
 
     def _tokens(self, batch: Batch, owners: Ints) -> Tensor:
         """Ids [tokens], the unknown ones from where they were sampled."""
-        tokens = self._up(batch.tokens).long()
+        tokens = self._indices(batch.tokens)
         if (batch.tokens == LAST_SAMPLE).any():
-            tokens = torch.where(tokens < 0, self.last[self._up(owners).long()], tokens)
+            tokens = torch.where(tokens < 0, self.last[self._indices(owners)], tokens)
         return tokens
 
     def _at(self, hidden: Tensor, at: Ints) -> Tensor:
         """Some rows, maybe several times. All in their order, as when everyone decodes, are not
         copied."""
         whole = len(at) == len(hidden) and np.array_equal(at, np.arange(len(hidden)))
-        return hidden if whole else hidden[self._up(at).long()]
+        return hidden if whole else hidden[self._indices(at)]
 
     def _sample(self, batch: Batch, hidden: Tensor, positions: Ints) -> dict[str, Tensor]:
         """hidden [len(sample_at), hidden]"""
@@ -134,7 +139,7 @@ class Runner:
         at = positions[batch.sample_at] + 1
         masks = self._masks(batch, batch.sample_at)
         tokens = self.seats.sample(logits, batch.sample_seat, at, masks)
-        self.last.index_copy_(0, self._up(batch.sample_seat).long(), tokens.clamp(min=0))
+        self.last.index_copy_(0, self._indices(batch.sample_seat), tokens.clamp(min=0))
         return {"tokens": tokens} | self._logprobs(batch, logits, tokens)
 
     def _masks(self, batch: Batch, wanted: Ints) -> Masks | None:
@@ -156,7 +161,7 @@ class Runner:
         """Prompts' log-probabilities, some rows of logits at a time."""
         if not len(batch.score_at):
             return {}
-        at, chosen = self._up(batch.score_at).long(), self._up(batch.score_token).long()
+        at, chosen = self._indices(batch.score_at), self._indices(batch.score_token)
         parts = [
             top_logprobs(self.decoder.logits(hidden[some]), batch.top, tokens)
             for some, tokens in zip(at.split(LOGIT_ROWS), chosen.split(LOGIT_ROWS), strict=True)

@@ -109,7 +109,7 @@ class Seats:
     def _take_past(self, taken: Seat) -> None:
         seat = taken.seat
         self.counts.drop(seat)
-        if (self.penalties[seat] != (1, 0, 0)).any():
+        if taken.sampling.looks_back:
             past = np.array([*taken.prompt, *taken.output], np.int64)
             count = np.zeros(self.vocabulary, np.int32)
             count[past[: len(taken.prompt)]] = 1
@@ -118,8 +118,9 @@ class Seats:
 
     def plain(self, seats: Ints) -> bool:
         """Whether nothing but settings bears on their draws: no past, no mask, no bias, no ban."""
+        shelves = self.counts, self.masks
         return not (
-            any((shelf.slots[seats] >= 0).any() for shelf in (self.counts, self.masks))
+            any(not shelf.bare and (shelf.slots[seats] >= 0).any() for shelf in shelves)
             or (self.edits and not self.edits.keys().isdisjoint(seats.tolist()))
         )
 
@@ -127,6 +128,8 @@ class Seats:
 
     def feed(self, seats: Ints, tokens: Tensor, positions: Ints) -> None:
         """seats, tokens, positions [n]: a seat's past grows by tokens that it does not know yet."""
+        if self.counts.bare:
+            return
         slots = self.counts.slots[seats]
         at = np.flatnonzero((slots >= 0) & (positions >= self.known[seats]))
         if not len(at):

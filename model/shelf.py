@@ -22,6 +22,11 @@ class Shelf:
             self.slots[seat] = self.free.pop()
         return self.rows[int(self.slots[seat])].zero_()
 
+    @property
+    def bare(self) -> bool:
+        """Whether no seat has one, as is usual."""
+        return len(self.free) == self.rows.shape[0]
+
     def drop(self, seat: int) -> None:
         if self.slots[seat] >= 0:
             self.free.append(int(self.slots[seat]))
