@@ -14,7 +14,8 @@ from benchmarks.soak.health import health
 from benchmarks.soak.neighbour import TOKENS, neighbour
 
 MADE = "vllm:generation_tokens_total"
-TURNS = 3  # since a shared machine is not as fast all the time
+TURNS = 3  # at least, and one …
+TURN = 5.0  # … each so many seconds: what a shared machine gives changes within half a minute
 LONGEST = 0.2  # seconds that a leaver stays at most
 
 
@@ -51,18 +52,19 @@ async def cancels(asked: argparse.Namespace) -> Row:
     """
     async with served(asked) as one, health(one) as seen:
         await _turn(one, asked.rate, 1)
-        turns = [await _turn(one, asked.rate, asked.seconds / TURNS) for _ in range(TURNS)]
+        count = max(TURNS, round(asked.seconds / TURN))
+        turns = [await _turn(one, asked.rate, asked.seconds / count) for _ in range(count)]
         running = await one.metric("vllm:num_requests_running")
     gone = [crowd for turn in turns for crowd in (turn.hasty, turn.leaving)]
-    count, failed = (sum(getattr(a.crowd, name) for a in gone) for name in ("clients", "failed"))
-    wasted = sum(max(0, one.unread) for one in gone) / (MOST * count)
+    clients, failed = (sum(getattr(a.crowd, name) for a in gone) for name in ("clients", "failed"))
+    wasted = sum(max(0, one.unread) for one in gone) / (MOST * clients)
     back = max(one.back for one in gone)
     hastes, of_alone = _ratios(turns, lambda turn: (turn.hasty.others, turn.alone))
     leaves, of_beside = _ratios(turns, lambda turn: (turn.leaving.others, turn.staying))
     found = {
-        "cancels": count,
-        "front_cpu_ms": round(sum(one.front for one in gone) / count * 1000, 2),
-        "engine_cpu_ms": round(sum(one.engine for one in gone) / count * 1000, 2),
+        "cancels": clients,
+        "front_cpu_ms": round(sum(one.front for one in gone) / clients * 1000, 2),
+        "engine_cpu_ms": round(sum(one.engine for one in gone) / clients * 1000, 2),
         "wasted": round(wasted, 3),
         "failed": failed,
         "left": running,
