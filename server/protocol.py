@@ -26,6 +26,7 @@ from server.errors import BadMessage, Busy, HeadersTooLarge, KvistError, TooSlow
 from server.pipe import Pipe, Together
 
 WAITING = 16 << 10  # bytes that wait here for the kernel to take them; then an answer pauses
+PIPELINED = 4  # requests that wait behind an answer; then nothing is read before it ends
 PIECE = 256 << 10  # the most that one read brings: a head's end may lie anywhere in it
 
 
@@ -45,6 +46,7 @@ class Guarded(HttpToolsProtocol):
         self._fed = 0  # bytes since the last head was complete
         self._size = 0  # bytes of the headers of this request
         self._wrong: KvistError | None = None
+        self._under_way: RequestResponseCycle | None = None  # `cycle` is the newest, and may wait
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -58,6 +60,9 @@ class Guarded(HttpToolsProtocol):
         self._arrival.stop()
         self._unread.stop()
         super().connection_lost(exc)
+        if self._under_way is not None:
+            self._under_way.disconnected = True
+            self._under_way.message_event.set()
         self._pipe.lose()
 
     # What comes in
@@ -128,6 +133,8 @@ class Guarded(HttpToolsProtocol):
                 self.scope["state"]["pipe"] = self._pipe
             self._in_head, self._fed = False, 0
             super().on_headers_complete()
+            if 0 < len(self.pipeline) < PIPELINED:
+                self.flow.resume_reading()  # else it is not heard when the client goes
 
     def on_body(self, body: bytes) -> None:
         self._fed += len(body)
@@ -186,7 +193,8 @@ class Guarded(HttpToolsProtocol):
         self._wrong = error
         self._arrival.stop()
         if self._answering:
-            self._under_way.keep_alive = False  # `cycle` is the newest that waits behind it
+            assert self._under_way is not None
+            self._under_way.keep_alive = False
             self.pipeline.clear()
             self.flow.pause_reading()
             return

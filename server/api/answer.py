@@ -3,9 +3,11 @@
 import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from server.api.ask import Asked
+from server.api.served import Words
 from server.engine.request import Choice, Event, Finish
 
 WORST = -9999.0  # JSON has no infinity
@@ -155,13 +157,20 @@ def tell(
 
 
 def spell(asked: Asked, id: int, logprob: float | None) -> Token:
-    """A token with its text; a piece of a character is spelled as OpenAI does."""
-    data = asked.served.words.token_bytes(id)
+    """A token with its text."""
+    text, data = _spelled(asked.served.words, id)
+    return Token(id, text, data, None if logprob is None else max(logprob, WORST))
+
+
+@lru_cache(1 << 14)  # rivals are often the same few thousand
+def _spelled(words: Words, id: int) -> tuple[str, bytes]:
+    """A piece of a character is spelled as OpenAI does."""
+    data = words.token_bytes(id)
     try:
         text = data.decode()
     except UnicodeDecodeError:
         text = "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-    return Token(id, text, data, None if logprob is None else max(logprob, WORST))
+    return text, data
 
 
 class Answer:

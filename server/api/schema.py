@@ -38,6 +38,11 @@ def counted(name: str) -> BeforeValidator:
     return BeforeValidator(no_more(name))
 
 
+def empty(kind: type[list[Any]] | type[dict[str, Any]]) -> Any:
+    """A default that is made for each body; one that stood here would be copied deeply."""
+    return Field(default_factory=kind, json_schema_extra={"default": kind()})
+
+
 class _First(FailFast):
     """A list with a wrong entry is not looked through for more."""
 
@@ -80,9 +85,9 @@ class Sampled(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, float], counted("logit_bias")] = Field(default_factory=dict)
+    logit_bias: Annotated[dict[str, float], counted("logit_bias")] = empty(dict)
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
-    stop: Annotated[Short, counted("stop")] = Field(default_factory=list)
+    stop: Annotated[Short, counted("stop")] = empty(list)
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="who asks, for the client's own books")
@@ -93,12 +98,12 @@ class Sampled(Strict):
     repetition_penalty: float = Field(1.0, gt=0, le=100)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
-    stop_token_ids: Ids = Field(default_factory=list)
+    stop_token_ids: Ids = empty(list)
     bad_words: Annotated[
         Short,
         counted("stop_ids"),
         Field(description="As they are spelled in tokens; the same text in others may come."),
-    ] = Field(default_factory=list)
+    ] = empty(list)
     allowed_token_ids: Annotated[list[int], FIRST, Field(min_length=1), Known] | None = None
     prompt_logprobs: Shown | None = None
     return_token_ids: bool = False

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import threading
@@ -213,6 +214,27 @@ def test_who_left_before_is_not_asked_for(
         assert begun.wait(10)
     until(lambda: not rig.server.server_state.tasks)
     assert len(rig.engine.seen) == asked
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("together", [True, False])
+def test_who_leaves_with_a_request_waiting_is_heard(
+    rig: Rig, caplog: pytest.LogCaptureFixture, stream: bool, together: bool
+) -> None:
+    """And the answer under way is not written to a connection that is no more."""
+    rig.engine.hold = asyncio.Event()
+    raw = json.dumps(WHOLE | {"prompt": "Hi", "stream": stream}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    message = head + b"content-length: %d\r\n\r\n" % len(raw) + raw
+    with rig.connect() as one:
+        one.sendall(message * (1 + together))
+        until(lambda: rig.engine.running)
+        one.sendall(message * (1 - together))
+        connection = cast(Guarded, next(iter(rig.server.server_state.connections)))
+        until(lambda: connection.pipeline)
+    until(lambda: not rig.engine.running and not rig.server.server_state.tasks)
+    rig.engine.hold = None
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_a_pipe_tells_that_the_client_went() -> None:
