@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import statistics
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ def row(goal: str, about: str, good: bool, found: dict[str, Any], health: list[f
 
 def percentile(seconds: list[float], share: float) -> float:
     return sorted(seconds)[int(len(seconds) * share)]
+
+
+def spread(found: list[float]) -> str:
+    """The median, and the least and the most."""
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
 
 
 def waits(**seconds: list[float]) -> Row:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.served import Served, served
-from benchmarks.soak.ask import Row, percentile, row, until, waits
+from benchmarks.soak.ask import Row, percentile, row, spread, until, waits
 from benchmarks.soak.crowd import MOST, Crowd, crowd, hasty, leavers, stayers
 from benchmarks.soak.health import health
 from benchmarks.soak.neighbour import TOKENS, neighbour
@@ -110,5 +110,4 @@ def _ratios(
     """The first's 99th percentile over the second's, a turn: median and spread."""
     pairs = [[percentile(waits, 0.99) for waits in two(turn)] for turn in turns]
     found = [one / other for one, other in pairs]
-    middle = statistics.median(found)
-    return middle, f"{middle:.2f} ({min(found):.2f} to {max(found):.2f})"
+    return statistics.median(found), spread(found)
