@@ -59,7 +59,10 @@ promised is reached. *G3*: 500 clients a second hang up, *hasty* ones when their
 *leavers* at any moment within 0.2 s. Others' 99th percentile beside hasty ones is judged by theirs
 alone. Leavers are fifty streams at any time, a load whoever leaves: beside them it is judged by
 theirs beside as many who get as many tokens and stay, and told over theirs alone. Older rows have
-no hasty clients, and were judged by stayers alone.""",
+no hasty clients, and were judged by stayers alone. What is a ratio is a median of turns, with the
+least and the most: G3's of five seconds since fe32908, of twenty before; G7's, the others' median
+over theirs alone, has turns since ae75457. All of this shares two cores with its clients, and a
+processor with other machines, whose doings decide between such runs as these.""",
     "latency": """Rows that ask at once. *First* is the wait for the first token, all prompts before
 it included; *next* the time from token to token while every row decodes: percentiles over requests
 and tokens. *Of bandwidth* is what a step reads (weights, keys and values), *of products* what the
