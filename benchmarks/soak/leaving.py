@@ -1,7 +1,6 @@
 """G3: 500 clients a second who leave, and what the others notice of it."""
 
 import argparse
-import asyncio
 import statistics
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from benchmarks.served import Served, served
 from benchmarks.soak.ask import Row, percentile, row, spread, until, waits
 from benchmarks.soak.crowd import MOST, Crowd, crowd, hasty, leavers, stayers
 from benchmarks.soak.health import health
-from benchmarks.soak.neighbour import TOKENS, neighbour
+from benchmarks.soak.neighbour import TOKENS, neighbour, visits
 
 MADE = "vllm:generation_tokens_total"
 TURNS = 3  # at least, and one …
@@ -84,8 +83,7 @@ async def cancels(asked: argparse.Namespace) -> Row:
 
 
 async def _turn(one: Served, rate: int, seconds: float) -> Turn:
-    async with neighbour(one) as alone:
-        await asyncio.sleep(seconds)
+    alone = await visits(one, seconds)
     at_once = await _gone(one, hasty, seconds, rate)
     later = await _gone(one, leavers, seconds, rate, LONGEST)
     async with neighbour(one) as staying:

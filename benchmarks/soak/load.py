@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.served import HEAD, Served, served
 from benchmarks.soak.ask import Row, Said, ask, row, spread, until, waits
 from benchmarks.soak.health import health
-from benchmarks.soak.neighbour import neighbour
+from benchmarks.soak.neighbour import visits
 
 DEAF: dict[str, Any] = {
     "prompt": "x",
@@ -23,6 +23,7 @@ DEAF: dict[str, Any] = {
 }
 
 UNREAD = 20  # clients who read nothing
+WINDOW = 2.0  # seconds for which others are asked beside them, before they are cut off
 TURNS = 5  # since a shared machine is not as fast all the time
 
 
@@ -75,11 +76,9 @@ class Slow:
 
 
 async def _slowly(one: Served) -> Slow:
-    async with neighbour(one) as alone:
-        await asyncio.sleep(2)
-    async with neighbour(one) as readers:
-        reading = [asyncio.create_task(ask(one.port, **DEAF)) for _ in range(UNREAD)]
-        await asyncio.sleep(2)
+    alone = await visits(one, WINDOW)
+    reading = [asyncio.create_task(ask(one.port, **DEAF)) for _ in range(UNREAD)]
+    readers = await visits(one, WINDOW)
     for task in reading:
         task.cancel()
     await until(lambda: one.metric("vllm:num_requests_running"), 0)
@@ -87,10 +86,9 @@ async def _slowly(one: Served) -> Slow:
     held = [await asyncio.open_connection("127.0.0.1", one.port) for _ in range(250)]
     for _, writer in held:
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n")
-    async with neighbour(one) as others:
-        unread = [_deaf(one.port) for _ in range(UNREAD)]
-        began = time.monotonic()
-        await asyncio.sleep(2)
+    unread = [_deaf(one.port) for _ in range(UNREAD)]
+    began = time.monotonic()
+    others = await visits(one, WINDOW)
     for reader, writer in held:
         await asyncio.wait_for(reader.read(), 35)
         writer.close()

@@ -3,10 +3,12 @@ process of its own, so that what they wait for is the server and not the load's 
 
 import asyncio
 import json
+import math
 import signal
 import socket
 import sys
 import time
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from threading import Event, Thread
@@ -30,39 +32,53 @@ def ask(port: int) -> None:
             pass
 
 
-def visit(port: int, ended: Event) -> None:
+def visit(port: int, ended: Event, until: float) -> None:
     """Ask over and over, and print how long each answer took."""
-    while not ended.wait(PAUSE):
-        began = time.monotonic()
+    while not ended.wait(PAUSE) and (began := time.monotonic()) < until:
         with suppress(OSError):
             ask(port)
             sys.stdout.write(f"{time.monotonic() - began}\n")
 
 
-def main(port: int) -> None:
-    """Until told to end; who asked before that is waited for, since long waits count too."""
-    ended = Event()
+def main(port: int, seconds: float) -> None:
+    """So long, or until told to end; who asked before that is waited for, since long waits count
+    too."""
+    ended, until = Event(), time.monotonic() + seconds
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    visitors = [Thread(target=visit, args=(port, ended)) for _ in range(VISITORS)]
+    visitors = [Thread(target=visit, args=(port, ended, until)) for _ in range(VISITORS)]
     for one in visitors:
         one.start()
     for one in visitors:
         one.join()
 
 
+async def visits(one: Served, seconds: float) -> list[float]:
+    """Their waits, of so many seconds."""
+    visitor = await _visitor(one, seconds)
+    return await _waits(visitor)
+
+
 @asynccontextmanager
 async def neighbour(one: Served) -> AsyncIterator[list[float]]:
-    """A list that is filled at the end."""
-    command = [sys.executable, "-m", "benchmarks.soak.neighbour", str(one.port)]
-    visitor = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    """The same as long as something else goes on; a list that is filled at the end."""
+    visitor = await _visitor(one, math.inf)
     seen: list[float] = []
     try:
         yield seen
     finally:
         visitor.terminate()
-        told, _ = await visitor.communicate()
-        seen += map(float, told.split())
+        seen += await _waits(visitor)
+
+
+async def _visitor(one: Served, seconds: float) -> Process:
+    command = [sys.executable, "-m", "benchmarks.soak.neighbour", str(one.port), str(seconds)]
+    return await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+
+
+async def _waits(visitor: Process) -> list[float]:
+    told, _ = await visitor.communicate()
+    return [float(wait) for wait in told.split()]
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), float(sys.argv[2]))
